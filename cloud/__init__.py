@@ -1,1 +1,1 @@
-"""The receiving side: doors, intake, the durable journal, and the sinks that empty it into databases."""
+"""The cloud: doors, intake, journal, sinks, and the operator's API."""

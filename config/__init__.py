@@ -1,1 +1,1 @@
-"""Configuration as typed structures, loaded from TOML with errors that say where and what to do."""
+"""Configuration: typed, loaded from TOML, with errors that say where and what to write instead."""

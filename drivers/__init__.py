@@ -1,1 +1,1 @@
-"""What a device says: the contract every driver keeps, and the drivers that ship with Headgate."""
+"""What a device says: the driver contracts, the registry, the codec and the drivers."""

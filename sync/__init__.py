@@ -1,1 +1,1 @@
-"""What crosses the network between a gateway and the cloud: the wire format, the uplinks, identity."""
+"""What crosses the network: the wire format, the uplinks and the gateway's identity towards the cloud."""

@@ -1,0 +1,1 @@
+"""The durable log between intake and the sinks."""

@@ -1,0 +1,1 @@
+"""Where readings end up."""
