@@ -1,0 +1,1 @@
+"""Real servers for tests, demo and benchmarks: where each comes from, how it is started and killed."""
