@@ -5,7 +5,7 @@ batch; buffer, forwarder, door and journal move the bytes, and only a sink decod
 
 Rules:
 1. A batch holds exactly the frames `first..last`, no holes; (gateway, epoch, first, last) never changes meaning.
-2. The head is readable without decompressing; its CRC covers the body, so intake refuses damage without decoding.
+2. The head is readable without decompressing; its CRC covers head and body, so intake refuses damage without decoding.
 3. Any batch decodes alone, years later: it carries its layouts and its rows of the clock table.
 4. Every limit is checked before memory is spent on what it limits.
 5. Fields are only ever added at the end of an array; a reader ignores trailing fields that it does not know, and an
@@ -366,7 +366,7 @@ def decode_frame(data: bytes | msgspec.Raw) -> Frame:
     """Raises `WireError`, also for a kind of frame that this version does not know."""
     try:
         return _decode_frame(data)
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
         raise WireError("frame", f"not a frame this version knows: {err}") from err
 
 
@@ -395,7 +395,8 @@ def seal(
         raise WireError("size", f"{len(body)} bytes before compression; the limit is {MAX_RAW_BYTES}")
     packed = (compressor or zstandard.ZstdCompressor(level=ZSTD_LEVEL)).compress(body)
     last = first + len(frames) - 1
-    head = Head(gateway, epoch, first, last, readings, len(body), zlib.crc32(packed))
+    crc = _crc(gateway, epoch, first, last, readings, len(body), packed)
+    head = Head(gateway, epoch, first, last, readings, len(body), crc)
     payload = bytes((VERSION << 4 | COMPRESSION_ZSTD,)) + _encode(head) + packed
     if len(payload) > MAX_BATCH_BYTES:
         raise WireError("size", f"{len(payload)} bytes; the limit is {MAX_BATCH_BYTES}")
@@ -416,7 +417,7 @@ def open_head(payload: bytes) -> tuple[Head, int]:
     size = _head_size(payload)
     try:
         head = _decode_head(memoryview(payload)[1 : 1 + size])
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
         raise WireError("head", f"the head of the batch does not decode: {err}") from err
     if not (0 < head.epoch <= MAX_EPOCH and 0 < head.first <= head.last <= MAX_EPOCH):
         raise WireError("head", f"epoch {head.epoch}, frames {head.first}..{head.last}: not a range")
@@ -424,9 +425,19 @@ def open_head(payload: bytes) -> tuple[Head, int]:
         raise WireError("head", f"{head.last - head.first + 1} frames; the limit is {MAX_FRAMES}")
     if not 0 <= head.raw_bytes <= MAX_RAW_BYTES:
         raise WireError("size", f"{head.raw_bytes} bytes uncompressed; the limit is {MAX_RAW_BYTES}")
-    if zlib.crc32(memoryview(payload)[1 + size :]) != head.crc32:
-        raise WireError("crc", "the body's CRC-32 is not the head's: damaged on the way")
+    told = (head.gateway, head.epoch, head.first, head.last, head.readings, head.raw_bytes)
+    if _crc(*told, memoryview(payload)[1 + size :]) != head.crc32:
+        raise WireError("crc", "the batch's CRC-32 is not the one in its head: damaged on the way")
     return head, 1 + size
+
+
+def _crc(
+    gateway: str, epoch: int, first: int, last: int, readings: int, raw_bytes: int, packed: bytes | memoryview
+) -> int:
+    """CRC-32 (zlib's) over the head's own fields as text, `gateway|epoch|first|last|readings|raw_bytes`, then the body:
+    a flipped bit in an epoch or seq is as fatal as one in a value."""
+    told = f"{gateway}|{epoch}|{first}|{last}|{readings}|{raw_bytes}"
+    return zlib.crc32(packed, zlib.crc32(told.encode()))
 
 
 def _head_size(payload: bytes) -> int:
@@ -488,7 +499,7 @@ def open_body(payload: bytes) -> tuple[Head, Body]:
         raise WireError("size", f"the body has {len(raw)} bytes, its head says {head.raw_bytes}")
     try:
         body = _decode_body(raw)
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
         raise WireError("body", f"the body does not decode: {err}") from err
     if len(body.frames) != head.last - head.first + 1:
         raise WireError("body", f"{len(body.frames)} frames for seqs {head.first}..{head.last}")
@@ -519,7 +530,7 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError("version", "not a reply of a version this agent reads")
     try:
         return _decode_reply(memoryview(data)[1:])
-    except msgspec.DecodeError as err:
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
         raise WireError("reply", f"the reply does not decode: {err}") from err
 
 
