@@ -122,7 +122,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     valid_max: float | None = None
     max_rate_per_s: float | None = None  #: largest believable change, units per second
     stuck_after_s: float | None = None  #: unchanged for longer than this is doubtful
-    not_available: tuple[float, ...] = ()  #: RAW values that mean "no value here" (0x7FFF, 0x8000, ...)
+    not_available: tuple[int | float, ...] = ()  #: RAW values that mean "no value here" (0x7FFF, 0x8000, ...)
     one_of: tuple[float, ...] | None = None  #: the only values that are valid
 
 
