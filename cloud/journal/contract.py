@@ -87,6 +87,19 @@ class JournalBroken(JournalError):
     """The log cannot be written or read; a human is needed."""
 
 
+class EntryDamaged(JournalError):
+    """The next entry is not what was appended (its CRC disagrees): it is never returned. The reader reports it and
+    commits past `offset`; the range is what the damaged row says of itself, and may be wrong too."""
+
+    def __init__(self, text: str, *, offset: int, gateway: str, epoch: int, first: int, last: int) -> None:
+        super().__init__(text)
+        self.offset = offset
+        self.gateway = gateway
+        self.epoch = epoch
+        self.first = first
+        self.last = last
+
+
 class Journal(Protocol):
     async def open(self) -> None:
         """Raises `JournalBroken`."""
@@ -95,7 +108,8 @@ class Journal(Protocol):
         """All entries in one durable commit, in order. Raises `JournalFull`, `JournalBroken`; then none is held."""
 
     async def read(self, after: int, *, max_entries: int, max_bytes: int) -> list[Stored]:
-        """The entries with offsets above `after`, oldest first, at least one where there is any."""
+        """The entries with offsets above `after`, oldest first, at least one where there is any. Raises
+        `EntryDamaged` where the very next one is damaged (those before it are returned first)."""
 
     async def wait(self, after: int, timeout_s: float) -> bool:
         """Whether there is an entry above `after`, waiting up to `timeout_s` for one."""
