@@ -1,0 +1,132 @@
+"""The gateway's clocks, and what is written down about them.
+
+A scan is stamped with the boot clock, which nobody sets. How that clock stood to the wall clock is recorded in rows
+(`sync.wire.ClockRow`), and the cloud computes wall time from them; nothing here ever corrects a stamp.
+
+Rules: a row at the start of a run, every 60 s, whenever the kernel's word on synchronization changes, and at every
+step of the wall clock above 500 ms. Whether the clock is synchronized is the kernel's word (adjtimex(2)), never a
+guess from the date. `ClockWatch` is pure: it is given readings of the clocks and says which rows are due.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import time
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+ROW_EVERY_NS: Final = 60 * 10**9  #: reliability.md section 3
+STEP_NS: Final = 500 * 10**6  #: a larger change of wall minus boot is a step; NTP slews at most 0.5 ms per s
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class ClockReading(msgspec.Struct, frozen=True, gc=False):
+    """Both clocks at one instant, and what the kernel says of the wall clock."""
+
+    boot_ns: int
+    wall_ns: int
+    synchronized: bool
+    error_ns: int  #: the kernel's maximum error; 0 where unknown
+
+
+class Clock(Protocol):
+    """Where time comes from; tests pass their own."""
+
+    boot_id: str
+
+    def boot_ns(self) -> int: ...
+
+    def read(self) -> ClockReading: ...
+
+
+class _Timex(ctypes.Structure):
+    """struct timex of adjtimex(2), 64-bit and 32-bit Linux alike; the tail is the kernel's padding."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("constant", ctypes.c_long),
+        ("rest", ctypes.c_byte * 256),
+    )
+
+
+_STA_UNSYNC: Final = 0x0040  #: linux/timex.h
+_TIME_ERROR: Final = 5  #: adjtimex(2): the clock is not synchronized
+
+
+class SystemClock:
+    """This machine's clocks. adjtimex with modes 0 only reads, and needs no privilege."""
+
+    def __init__(self) -> None:
+        try:
+            self.boot_id = _BOOT_ID.read_text().strip()
+        except OSError:  # no /proc: this run counts as a boot of its own
+            self.boot_id = f"run-{time.time_ns():x}"
+        try:
+            self._adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
+        except (OSError, AttributeError):
+            self._adjtimex = None
+        self._timex = _Timex()
+
+    def boot_ns(self) -> int:
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    def read(self) -> ClockReading:
+        synchronized, error_ns = self._kernel()
+        before_ns = self.boot_ns()
+        wall_ns = time.time_ns()
+        after_ns = self.boot_ns()
+        return ClockReading((before_ns + after_ns) // 2, wall_ns, synchronized, error_ns)
+
+    def _kernel(self) -> tuple[bool, int]:
+        if self._adjtimex is None:
+            return False, 0
+        self._timex.modes = 0
+        state = self._adjtimex(ctypes.byref(self._timex))
+        if state < 0:
+            return False, 0
+        synchronized = state != _TIME_ERROR and not self._timex.status & _STA_UNSYNC
+        return synchronized, max(0, self._timex.maxerror) * 1_000 if synchronized else 0
+
+
+class Due(msgspec.Struct, frozen=True):
+    """A row is due for this reading; `step_ns` is not 0 where the wall clock was stepped, `why` is one word."""
+
+    reading: ClockReading
+    why: str
+    step_ns: int = 0
+
+
+class ClockWatch:
+    """Says when a clock row is due. Pure."""
+
+    __slots__ = ("_last", "_offset_ns")
+
+    def __init__(self) -> None:
+        self._last: ClockReading | None = None  #: of the last row
+        self._offset_ns = 0  #: wall minus boot at the last look, so that slow slewing is no step
+
+    def look(self, now: ClockReading) -> Due | None:
+        """The row that `now` makes due, if any."""
+        last, offset_ns = self._last, now.wall_ns - now.boot_ns
+        step_ns = offset_ns - self._offset_ns
+        self._offset_ns = offset_ns
+        if last is None:
+            due = Due(now, "start")
+        elif abs(step_ns) > STEP_NS:
+            due = Due(now, "step", step_ns)
+        elif now.synchronized != last.synchronized:
+            due = Due(now, "sync")
+        elif now.boot_ns - last.boot_ns >= ROW_EVERY_NS:
+            due = Due(now, "minute")
+        else:
+            return None
+        self._last = now
+        return due
