@@ -1,0 +1,717 @@
+"""`serial_line` against real ptys: whole frames become scans, everything else becomes a reason or a count."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import struct
+import tomllib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drivers import serial_line
+from drivers.contract import ConfigError, DeviceUnreachable, Reason, Scan, Value, ValueType, boot_ns
+from drivers.framing import CHECKS, BinaryFramer, Check, LineCounts, TextFramer, crc16_modbus, nmea_agrees
+from drivers.serial_line import SerialLineDriver, SerialLineOptions, SerialLinePoint, fit, parse
+from tests.fakes.serial_instrument import SerialInstrument, binary_frame, scale_line, serial_instrument
+
+WAIT_S = 10  # a deadline, never a pause: the machine may be busy
+
+P = SerialLinePoint
+
+
+@pytest.fixture
+def instrument(tmp_path: Path) -> Iterator[SerialInstrument]:
+    with serial_instrument(tmp_path) as instrument:
+        yield instrument
+
+
+@asynccontextmanager
+async def opened(driver: SerialLineDriver) -> AsyncIterator[AsyncIterator[Scan]]:
+    await driver.connect()
+    try:
+        yield driver.scans()
+    finally:
+        await driver.close()
+
+
+async def following(scans: AsyncIterator[Scan]) -> Scan:
+    async with asyncio.timeout(WAIT_S):
+        return await anext(scans)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not true():  # noqa: ASYNC110 - what is awaited is on the other side of a pty
+            await asyncio.sleep(0.002)
+
+
+def text_driver(
+    instrument: SerialInstrument,
+    *,
+    stale_after_s: float = 0.0,
+    frame_timeout_ms: int = 0,
+    nmea_check: bool = False,
+) -> SerialLineDriver:
+    """Weight and temperature, as `scale_line` writes them."""
+    return SerialLineDriver(
+        "scale",
+        SerialLineOptions(
+            port=instrument.port,
+            pattern=r"W=\s*(?P<weight>[^ ]+) kg, T=\s*(?P<temperature>[^ ]+) C",
+            stale_after_s=stale_after_s,
+            frame_timeout_ms=frame_timeout_ms,
+            nmea_check=nmea_check,
+        ),
+        [P(name="weight", unit="kg"), P(name="temperature", unit="Cel")],
+    )
+
+
+def columns_driver(instrument: SerialInstrument, points: list[SerialLinePoint]) -> SerialLineDriver:
+    options = SerialLineOptions(port=instrument.port, separator=";", stale_after_s=0)
+    return SerialLineDriver("columns", options, points)
+
+
+def binary_driver(instrument: SerialInstrument, *, stale_after_s: float = 0.0) -> SerialLineDriver:
+    return SerialLineDriver(
+        "meter",
+        SerialLineOptions(
+            port=instrument.port,
+            framing="binary",
+            start_hex="AA 55",
+            layout="<HfI",
+            check="crc16_modbus",
+            check_order="little",
+            check_from=2,
+            stale_after_s=stale_after_s,
+        ),
+        [
+            P(name="flow", type=ValueType.U16, item=1, scale=0.01),
+            P(name="pressure", type=ValueType.F32, item=2),
+            P(name="total", type=ValueType.U32, item=3),
+        ],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+async def test_lines_become_scans_in_order_with_the_time_of_their_last_byte(
+    instrument: SerialInstrument,
+) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.send(b"of an unknown line\r\n")
+        before = boot_ns()
+        instrument.send(b"W=  12.5 kg, T= 21.50 C\r\n")
+        first = await following(scans)
+        instrument.send(b"W= -0.25 kg, T=1e2 C\r\n")
+        second = await following(scans)
+    assert [first.values, second.values] == [[12.5, 21.5], [-0.25, 100.0]]
+    assert not first.reasons
+    assert first.points == driver.points
+    assert before < first.taken_at_ns < second.taken_at_ns < boot_ns()
+    assert driver.counts.frames == 2
+
+
+async def test_the_first_line_is_skipped_because_its_beginning_may_be_missing(
+    instrument: SerialInstrument,
+) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.send(b"W=123.4 kg, T=20 C\r\nW=5 kg, T=21 C\r\n")
+        assert (await following(scans)).values == [5.0, 21.0]
+    assert driver.counts.skipped_bytes == len(b"W=123.4 kg, T=20 C\r\n")
+
+
+async def test_what_waited_before_the_port_was_opened_gets_no_new_time(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.send(b"\nW=1 kg, T=1 C\n")
+        assert (await following(scans)).values == [1.0, 1.0]
+    for _ in range(500):  # some 8 KB, twice what a tty's own buffer holds
+        instrument.send(b"W=666 kg, T=666 C\n")
+    async with opened(driver) as scans:
+        instrument.send(b"\nW=2 kg, T=2 C\n")
+        assert (await following(scans)).values == [2.0, 2.0]
+
+
+async def test_byte_by_byte_is_the_same_line(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\n")
+        await instrument.send_slowly(b"W=7.5 kg, T=20.25 C\r\n")
+        assert (await following(scans)).values == [7.5, 20.25]
+
+
+async def test_a_field_that_does_not_read_is_decode_and_an_absent_one_is_missing(
+    instrument: SerialInstrument,
+) -> None:
+    driver = columns_driver(
+        instrument,
+        [
+            P(name="a", column=1),
+            P(name="b", column=2, type=ValueType.I16),
+            P(name="c", column=3, type=ValueType.BOOL),
+            P(name="d", column=4, type=ValueType.STR),
+        ],
+    )
+    async with opened(driver) as scans:
+        instrument.noise(b"\n1.5;-7;ON;ready\n----;;2; \n9;99999;off\nnan;1_0;yes;x\ninf;0x10;1;y\n")
+        got = [await following(scans) for _ in range(5)]
+    assert [scan.values for scan in got] == [
+        [1.5, -7, True, "ready"],
+        [None, None, None, None],
+        [9.0, None, False, None],
+        [None, None, True, "x"],
+        [None, None, True, "y"],
+    ]
+    assert [scan.reasons for scan in got] == [
+        {},
+        {0: Reason.DECODE, 1: Reason.MISSING, 2: Reason.DECODE, 3: Reason.MISSING},
+        {1: Reason.OVERFLOW, 3: Reason.MISSING},
+        {0: Reason.NAN, 1: Reason.DECODE},
+        {0: Reason.INFINITE, 1: Reason.DECODE},
+    ]
+
+
+async def test_a_line_of_another_form_is_framing_on_every_point_and_the_next_one_is_read(
+    instrument: SerialInstrument,
+) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\n\xff\xfe\x80\nOVERLOAD\n\r\n")
+        instrument.send(b"W=1 kg, T=2 C\n")
+        got = [await following(scans) for _ in range(3)]
+    assert [scan.values for scan in got] == [[None, None], [None, None], [1.0, 2.0]]
+    assert got[0].reasons == got[1].reasons == {0: Reason.FRAMING, 1: Reason.FRAMING}
+    assert (driver.counts.framing_errors, driver.counts.frames) == (2, 1)
+
+
+async def test_a_line_without_end_is_dropped_and_the_line_after_it_is_read(
+    instrument: SerialInstrument,
+) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\n" + b"W=1" * 1000)
+        assert set((await following(scans)).reasons.values()) == {Reason.FRAMING}
+        instrument.noise(b"W=3 kg, T=3 C\nW=4 kg, T=4 C\n")
+        assert (await following(scans)).values == [4.0, 4.0]
+    assert driver.counts.framing_errors == 1
+
+
+async def test_a_line_cut_short_is_never_joined_to_the_next(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument, frame_timeout_ms=30)
+    async with opened(driver) as scans:
+        instrument.noise(b"\nW=66 kg, T=6")
+        await until(lambda: driver._framer.partial)
+        await asyncio.sleep(0.1)  # the silence under test
+        instrument.noise(b"6 C\n")
+        instrument.send(b"W=1 kg, T=2 C\n")
+        assert (await following(scans)).values == [1.0, 2.0]
+    assert driver.counts.framing_errors == 1
+
+
+async def test_points_of_different_sentences_are_read_from_their_own_lines(
+    instrument: SerialInstrument,
+) -> None:
+    options = SerialLineOptions(port=instrument.port, separator=",", nmea_check=True, stale_after_s=0)
+    driver = SerialLineDriver(
+        "weather",
+        options,
+        [
+            P(name="wind", column=2, line=r"^\$WIMWV"),
+            P(name="temperature", pattern=r"C,(?P<unused>)(?P<value>[-\d.]+),C", line="XDR"),
+        ],
+    )
+    async with opened(driver) as scans:
+        instrument.noise(b"\n" + nmea("WIMWV,214.8,R") + nmea("GPGGA,1,2") + nmea("WIXDR,C,22.5,C"))
+        instrument.noise(nmea("WIMWV,215.8,R").replace(b"215", b"275"))
+        got = [await following(scans) for _ in range(3)]
+    assert [(scan.points[0].name, scan.values) for scan in got] == [
+        ("wind", [214.8]),
+        ("temperature", [22.5]),
+        ("wind", [None]),
+    ]
+    assert got[2].reasons == {0: Reason.CRC}
+    assert (driver.counts.ignored, driver.counts.check_errors) == (1, 1)
+
+
+def nmea(body: str) -> bytes:
+    check = 0
+    for char in body.encode():
+        check ^= char
+    return f"${body}*{check:02X}\r\n".encode()
+
+
+async def test_an_asked_instrument_answers_and_an_unanswered_question_is_timeout(
+    instrument: SerialInstrument,
+) -> None:
+    options = SerialLineOptions(
+        port=instrument.port,
+        separator=",",
+        delimiter="\r",
+        decimal=".",
+        request="READ?\r",
+        request_period_ms=20,
+        stale_after_s=0.3,
+    )
+    driver = SerialLineDriver("asked", options, [P(name="x", column=1, type=ValueType.I32, base=16)])
+    async with opened(driver) as scans:
+        await until(lambda: b"READ?\r" in instrument.heard())
+        instrument.send(b"ff\r")
+        assert (await following(scans)).values == [255]
+        silent = await following(scans)
+        assert silent.reasons == {0: Reason.TIMEOUT}
+        await until(lambda: b"READ?\r" in instrument.heard())
+        instrument.send(b"10\r")
+        assert (await following(scans)).values == [16]
+
+
+async def test_silence_says_so_once_and_then_nothing_until_it_speaks(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument, stale_after_s=0.1)
+    async with opened(driver) as scans:
+        instrument.noise(b"\nW=1 kg, T=2 C\n")
+        assert (await following(scans)).values == [1.0, 2.0]
+        stale = await following(scans)
+        assert stale.values == [None, None]
+        assert stale.reasons == {0: Reason.STALE, 1: Reason.STALE}
+        await asyncio.sleep(0.5)  # five times as long as it takes to be stale
+        assert not driver._ready
+        instrument.send(b"W=3 kg, T=4 C\n")
+        assert (await following(scans)).values == [3.0, 4.0]
+        assert set((await following(scans)).reasons.values()) == {Reason.STALE}
+
+
+async def test_silence_of_one_sentence_is_seen_while_another_goes_on(instrument: SerialInstrument) -> None:
+    options = SerialLineOptions(port=instrument.port, separator=" ", stale_after_s=0.2)
+    driver = SerialLineDriver(
+        "two", options, [P(name="a", column=2, line="^A"), P(name="b", column=2, line="^B")]
+    )
+    async with opened(driver) as scans:
+        instrument.noise(b"\nB 1\n")
+        got: list[Scan] = []
+        async with asyncio.timeout(WAIT_S):
+            while not any(scan.reasons for scan in got):
+                instrument.send(b"A 1\n")
+                got.append(await anext(scans))
+                await asyncio.sleep(0.02)
+    assert [(scan.points[0].name, dict(scan.reasons)) for scan in got if scan.reasons] == [
+        ("b", {0: Reason.STALE})
+    ]
+
+
+async def test_pulling_the_plug_ends_the_scans_and_connect_opens_the_line_afresh(
+    instrument: SerialInstrument,
+) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\nW=1 kg, T=2 C\n")
+        await following(scans)
+        instrument.unplug()
+        with pytest.raises(DeviceUnreachable, match="plugged in") as gone:
+            await following(scans)
+        assert gone.value.reason is Reason.DISCONNECTED
+        with pytest.raises(DeviceUnreachable, match="no such port"):
+            await driver.connect()
+        instrument.plug()
+        await driver.connect()
+        instrument.noise(b"half of a line\nW=3 kg, T=4 C\n")
+        assert (await following(driver.scans())).values == [3.0, 4.0]
+
+
+async def test_what_came_before_the_plug_was_pulled_is_still_delivered(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\nW=1 kg, T=2 C\n")
+        await until(lambda: driver.counts.frames == 1)
+        instrument.unplug()
+        await until(lambda: driver._failure is not None)
+        assert (await following(scans)).values == [1.0, 2.0]
+        with pytest.raises(DeviceUnreachable):
+            await following(scans)
+
+
+async def test_a_late_consumer_loses_the_oldest_and_it_is_counted(
+    instrument: SerialInstrument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serial_line, "QUEUE_SCANS", 10)
+    driver = text_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\n")
+        for index in range(25):
+            instrument.send(b"W=%d kg, T=0 C\n" % index)
+        await until(lambda: driver.counts.frames == 25)
+        got = [await following(scans) for _ in range(10)]
+    assert [scan.values[0] for scan in got] == [float(index) for index in range(15, 25)]
+    assert driver.overruns == 15
+
+
+async def test_a_second_reader_of_the_same_port_is_told_so(instrument: SerialInstrument) -> None:
+    async with opened(text_driver(instrument)):
+        with pytest.raises(DeviceUnreachable, match="in use by another program"):
+            await text_driver(instrument).connect()
+
+
+async def test_close_is_safe_without_connect_and_twice(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument)
+    await driver.close()
+    with pytest.raises(DeviceUnreachable, match="not open"):
+        await following(driver.scans())
+    await driver.connect()
+    await driver.close()
+    await driver.close()
+
+
+async def test_a_file_that_is_no_serial_port_is_a_matter_for_the_technician(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    options = SerialLineOptions(port=str(tmp_path / "plain"), separator=",")
+    with pytest.raises(ConfigError, match="is not a serial port"):
+        await SerialLineDriver("x", options, [P(name="a", column=1)]).connect()
+
+
+async def test_ten_thousand_noisy_lines_give_no_wrong_value(instrument: SerialInstrument) -> None:
+    """Garbage between the lines, lines cut anywhere: a scan is a line that was sent whole, or says why not."""
+    rng = random.Random(3)
+    driver = text_driver(instrument)
+    sent: set[tuple[float, float]] = set()
+    got: list[Scan] = []
+    line = scale_line(rng)
+
+    async def collect() -> None:
+        async for scan in driver.scans():
+            got.append(scan)  # noqa: PERF401 - what was got stays when the task is cancelled
+
+    async with opened(driver):
+        reader = asyncio.create_task(collect())
+        for index in range(10_000):
+            frame = line(index)
+            match rng.randrange(10):
+                case 0:
+                    instrument.noise(rng.randbytes(rng.randrange(1, 40)).replace(b"\n", b"") + b"\n")
+                case 1:
+                    instrument.noise(frame[: rng.randrange(1, 24)] + b"\n")
+            instrument.send(frame)
+            match = re.match(rb"W=(.*) kg, T=(.*) C", frame)
+            assert match is not None
+            sent.add((float(match[1]), float(match[2])))
+            if index % 20 == 0:
+                await asyncio.sleep(0)
+                await until(lambda: instrument.frames - driver.counts.frames < 50)
+        await until(lambda: driver.counts.frames >= instrument.frames - 1)
+        reader.cancel()
+    good = [tuple(scan.values) for scan in got if not scan.reasons]
+    assert len(good) >= 9_999
+    assert set(good) <= sent
+    assert instrument.bytes_lost == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ binary
+
+
+async def test_binary_frames_are_read_as_their_layout_says(instrument: SerialInstrument) -> None:
+    driver = binary_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.send(binary_frame(1234, 2.5, 4_000_000_000))
+        instrument.send(binary_frame(0, float("nan"), 0))
+        first, second = await following(scans), await following(scans)
+    assert first.values == [1234, 2.5, 4_000_000_000]
+    assert second.values == [0, None, 0]
+    assert second.reasons == {1: Reason.NAN}
+
+
+async def test_a_failed_check_is_crc_on_every_point_and_the_next_frame_is_read(
+    instrument: SerialInstrument,
+) -> None:
+    driver = binary_driver(instrument)
+    broken = bytearray(binary_frame(2, 2.0, 2))
+    broken[5] ^= 0x10
+    async with opened(driver) as scans:
+        instrument.send(binary_frame(1, 1.0, 1))
+        instrument.noise(bytes(broken))
+        instrument.send(binary_frame(3, 3.0, 3))
+        got = [await following(scans) for _ in range(3)]
+    assert [scan.values for scan in got] == [[1, 1.0, 1], [None, None, None], [3, 3.0, 3]]
+    assert got[1].reasons == {0: Reason.CRC, 1: Reason.CRC, 2: Reason.CRC}
+    assert (driver.counts.check_errors, driver.counts.frames) == (1, 2)
+
+
+async def test_a_truncated_binary_frame_costs_only_itself(instrument: SerialInstrument) -> None:
+    driver = binary_driver(instrument)
+    async with opened(driver) as scans:
+        instrument.noise(b"\x00\xaa\xaa")
+        instrument.send(binary_frame(1, 1.0, 1))
+        instrument.noise(binary_frame(2, 2.0, 2)[:7])
+        instrument.send(binary_frame(3, 3.0, 3))
+        instrument.send(binary_frame(4, 4.0, 4))
+        got = [await following(scans) for _ in range(4)]
+    assert [scan.values for scan in got] == [[1, 1.0, 1], [None] * 3, [3, 3.0, 3], [4, 4.0, 4]]
+
+
+async def test_binary_byte_by_byte(instrument: SerialInstrument) -> None:
+    async with opened(binary_driver(instrument)) as scans:
+        await instrument.send_slowly(binary_frame(77, 7.0, 7))
+        assert (await following(scans)).values == [77, 7.0, 7]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_binary_noise_between_frames_loses_no_frame_and_makes_none(data: st.DataObject) -> None:
+    counts = LineCounts()
+    framer = BinaryFramer(
+        start=b"\xaa\x55",
+        body_bytes=10,
+        check="crc16_modbus",
+        check_order="little",
+        check_from=2,
+        end=b"",
+        counts=counts,
+    )
+    sent = [binary_frame(n, n / 2, n) for n in range(data.draw(st.integers(1, 8)))]
+    # Noise that holds no start: with one, a frame may rightly be taken to begin there and only time can tell.
+    noise = st.binary(max_size=30).map(lambda b: b.replace(b"\xaa", b"\x00"))
+    stream = b"".join(data.draw(noise) + frame for frame in sent)
+    got: list[bytes | None] = []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        got += framer.feed(stream[:size])
+        stream = stream[size:]
+    assert got == sent
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=40), max_size=20), st.sampled_from([b"\n", b"\r\n", b"##"]))
+def test_the_text_framer_does_not_care_how_bytes_are_cut(chunks: list[bytes], delimiter: bytes) -> None:
+    def frames(pieces: list[bytes]) -> list[bytes | None]:
+        framer = TextFramer(delimiter, 16, LineCounts(), in_step=True)
+        got = [frame for piece in pieces for frame in framer.feed(piece)]
+        return [frame for frame in got if frame is not None]
+
+    stream = b"".join(chunks) + delimiter
+    once = frames([stream])
+    assert once == [line for line in stream.split(delimiter)[:-1] if 0 < len(line) <= 16]
+    assert frames([*chunks, delimiter]) == once
+    assert frames([stream[i : i + 1] for i in range(len(stream))]) == once
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=300), max_size=20))
+def test_the_framers_never_hold_more_than_a_frame_and_a_chunk(chunks: list[bytes]) -> None:
+    text = TextFramer(b"\r\n", 64, LineCounts(), in_step=False)
+    binary = BinaryFramer(
+        start=b"\x02",
+        body_bytes=8,
+        check="xor",
+        check_order="big",
+        check_from=0,
+        end=b"\x03",
+        counts=LineCounts(),
+    )
+    for chunk in chunks:
+        text.feed(chunk)
+        binary.feed(chunk)
+        assert len(text._rest) < 66
+        assert len(binary._buffer) < binary.frame_bytes
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+@pytest.mark.parametrize(
+    ("check", "expected"),
+    [
+        # "123456789" in the catalogue of parametrised CRC algorithms (reveng.sourceforge.io/crc-catalogue)
+        ("crc16_modbus", 0x4B37),
+        ("crc16_ccitt", 0x29B1),
+        ("crc16_xmodem", 0x31C3),
+        ("crc32", 0xCBF43926),
+        ("xor", 0x31),
+        ("sum8", 0xDD),
+        ("lrc", 0x23),
+    ],
+)
+def test_checks_agree_with_the_published_check_values(check: Check, expected: int) -> None:
+    size, compute = CHECKS[check]
+    assert compute(b"123456789") == expected < 1 << (8 * size)
+
+
+def test_a_modbus_frame_of_the_specification_has_its_crc() -> None:
+    assert crc16_modbus(bytes.fromhex("02 07")) == 0x1241  # Modbus over serial line 1.02, 6.2.2
+
+
+@pytest.mark.parametrize(("text", "sent"), [("$GPGLL,5057.970,N,00146.110,E,142451,A", "27"), ("$A", "41")])
+def test_nmea_check(text: str, sent: str) -> None:
+    assert nmea_agrees(text, sent)
+    assert not nmea_agrees(text + "1", sent)
+    assert not nmea_agrees(text, "zz")
+    assert not nmea_agrees(text, "")
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("+1.50", ValueType.F64, 1.5),
+        ("1e400", ValueType.F64, Reason.INFINITE),
+        ("1e39", ValueType.F32, Reason.OVERFLOW),
+        ("-inf", ValueType.F32, Reason.INFINITE),
+        ("NaN", ValueType.F64, Reason.NAN),
+        ("12.5", ValueType.I32, Reason.DECODE),
+        ("256", ValueType.U8, Reason.OVERFLOW),
+        ("-1", ValueType.U64, Reason.OVERFLOW),
+        ("18446744073709551615", ValueType.U64, 2**64 - 1),
+        ("1_000", ValueType.I32, Reason.DECODE),
+        ("१२", ValueType.I32, Reason.DECODE),
+        ("maybe", ValueType.BOOL, Reason.DECODE),
+        ("ERR", ValueType.F64, Reason.DECODE),
+        ("ERR", ValueType.STR, "ERR"),
+    ],
+)
+def test_text_is_read_as_the_points_type_or_says_why_not(text: str, kind: ValueType, value: Value) -> None:
+    result = parse(text, kind)
+    assert result == value
+    assert isinstance(result, Reason) is isinstance(value, Reason)
+
+
+def test_a_decimal_comma_is_read_and_a_point_is_then_refused() -> None:
+    assert parse("1,5", ValueType.F64, decimal=",") == 1.5
+    assert parse("1.500,5", ValueType.F64, decimal=",") is Reason.DECODE
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=20), st.sampled_from(list(ValueType)), st.sampled_from([2, 8, 10, 16]))
+def test_any_text_gives_a_value_of_the_type_or_a_reason(text: str, kind: ValueType, base: int) -> None:
+    result = parse(text, kind, base=base)
+    if not isinstance(result, Reason):
+        assert type(result) is python_type(kind)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans(), st.binary(max_size=8)),
+    st.sampled_from(list(ValueType)),
+)
+def test_any_number_fits_the_type_unchanged_or_gives_a_reason(value: float | bytes, kind: ValueType) -> None:
+    result = fit(value, kind)
+    if isinstance(result, Reason):
+        assert not result.has_value
+    else:
+        assert type(result) is python_type(kind)
+        assert isinstance(value, bytes) or result == value
+
+
+def python_type(kind: ValueType) -> type[Value]:
+    match kind:
+        case ValueType.BOOL:
+            return bool
+        case ValueType.STR:
+            return str
+        case ValueType.F32 | ValueType.F64:
+            return float
+        case _:
+            return int
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("options", "point", "text"),
+    [
+        ({"port": ""}, {"column": 1}, "options.port is empty"),
+        ({}, {"column": 1}, "needs options.separator"),
+        ({"separator": ","}, {"column": 0}, "counted from 1"),
+        ({"separator": ","}, {}, "says not where it stands"),
+        ({"separator": ",", "decimal": ","}, {"column": 1}, "both ','"),
+        ({"separator": ","}, {"column": 1, "pattern": "(x)"}, "keep one"),
+        ({}, {"pattern": "(x"}, r"point p, pattern: '\(x' is not a valid pattern: .* at character 1"),
+        ({}, {"pattern": "x"}, "has no group"),
+        ({}, {"pattern": "(x)", "line": "*"}, "point p, line"),
+        ({"pattern": "(?P<q>x)"}, {}, "has no group 'p'; it has q"),
+        ({"pattern": "["}, {}, "options.pattern"),
+        ({}, {"item": 1}, 'belongs to framing = "binary"'),
+        ({"layout": "<H"}, {"column": 1}, 'belongs to framing = "binary"'),
+        ({"delimiter": ""}, {"pattern": "(x)"}, "delimiter is empty"),
+        ({"delimiter": "→"}, {"pattern": "(x)"}, "more than one byte"),
+        ({"baud": 1}, {"pattern": "(x)"}, "options.baud is 1; allowed is 50 to"),
+        ({"request": "a", "request_hex": "61"}, {"pattern": "(x)"}, "both request and request_hex"),
+        ({"request_hex": "6"}, {"pattern": "(x)"}, "not hexadecimal"),
+        ({"framing": "binary", "layout": "<H"}, {"item": 1}, "needs start_hex or check"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "H"}, {"item": 1}, "begin with"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "<Z"}, {"item": 1}, "bad char"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {"item": 2}, "items 1 to 1"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {}, "items 1 to 1"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {"column": 1}, "item only"),
+        ({"framing": "binary", "start_hex": "AA", "layout": "<300s"}, {"item": 1}, "above max_frame_bytes"),
+        ({"framing": "binary", "check": "xor", "check_from": 1, "layout": "<H"}, {"item": 1}, "check_from"),
+        ({"framing": "binary", "separator": ",", "layout": "<H"}, {"item": 1}, 'belongs to framing = "text"'),
+    ],
+)
+def test_what_can_never_work_is_refused_with_the_place_and_the_remedy(
+    options: dict[str, object], point: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        SerialLineDriver(
+            "d",
+            msgspec.convert({"port": "/dev/null", **options}, SerialLineOptions),
+            [msgspec.convert({"name": "p", **point}, SerialLinePoint)],
+        )
+
+
+def test_a_device_without_points_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no points"):
+        SerialLineDriver("d", SerialLineOptions(port="x"), [])
+
+
+def test_a_layout_may_hold_a_string_and_padding() -> None:
+    options = SerialLineOptions(port="x", framing="binary", start_hex="02", layout=">x4sh", end_hex="03")
+    driver = SerialLineDriver(
+        "d", options, [P(name="n", item=2, type=ValueType.I16), P(name="s", item=1, type=ValueType.STR)]
+    )
+    scan = driver._decode_binary(b"\x02" + struct.pack(">x4sh", b"ab", -2) + b"\x03", 5, 0.0)
+    assert scan is not None
+    assert scan.values == [-2, "ab"]
+
+
+def test_every_default_of_the_sample_is_the_default_of_the_code() -> None:
+    sample = (Path(serial_line.__file__).with_suffix(".toml")).read_text()
+    defaults = {
+        field.encode_name: field.default
+        for kind in (SerialLineOptions, SerialLinePoint)
+        for field in msgspec.structs.fields(kind)
+        if field.default is not msgspec.NODEFAULT and field.default is not None
+    }
+    shown = tomllib.loads("\n".join(dict.fromkeys(re.findall(r"^# (\w+ = .*)$", sample, re.MULTILINE))))
+    options = {field.encode_name for field in msgspec.structs.fields(SerialLineOptions)} - {"port"}
+    assert options <= shown.keys()
+    assert {key: value for key, value in shown.items() if key in defaults} == {
+        key: str(value) if isinstance(value, ValueType) else value
+        for key, value in defaults.items()
+        if key in shown
+    }
+
+
+def test_the_sample_builds_its_devices() -> None:
+    sample = tomllib.loads((Path(serial_line.__file__).with_suffix(".toml")).read_text())
+    for device in sample["device"]:
+        assert device["driver"] == "serial_line"
+        SerialLineDriver(
+            device["name"],
+            msgspec.convert(device["options"], SerialLineOptions),
+            msgspec.convert(device["point"], list[SerialLinePoint]),
+        )
+
+
+async def test_discover_names_ports_as_the_configuration_wants_them() -> None:
+    async for found in SerialLineDriver.discover():
+        assert found.driver == "serial_line"
+        msgspec.convert({**found.options, "separator": ","}, SerialLineOptions)
