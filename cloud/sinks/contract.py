@@ -20,6 +20,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from cloud.journal.contract import Range
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout
 
@@ -53,6 +54,7 @@ class GapRecord(msgspec.Struct, frozen=True):
     from_ns: int  #: UTC
     to_ns: int
     received_at_ns: int
+    held: tuple[Range, ...] = ()  #: what of the gap's seqs the journal holds after all (an ack was lost)
 
 
 class EventRecord(msgspec.Struct, frozen=True):
@@ -115,7 +117,10 @@ class Sink(Protocol):
 
     async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
         """Store these, and with them, where the store can, `upto_offset` in the same transaction. Writing the same
-        records again changes nothing. Raises any `SinkError`; then nothing is known of what was stored."""
+        records again changes nothing. Raises any `SinkError`; then nothing is known of what was stored.
+
+        The same `upto_offset` may come with different records (a bisection, an entry too large for one call), and
+        an empty `records` only moves the offset: what is new is told by (gateway, epoch, seq), never by it alone."""
 
     async def maintain(self, now_ns: int) -> None:
         """Retention, partitions, compaction: called about hourly. Raises any `SinkError`."""

@@ -1,0 +1,351 @@
+"""From the journal's bytes to records that a sink can write. Pure: no IO, no clock.
+
+Rules:
+1. Only frames whose seq is in `fresh` become records: the journal dedupes by them, and doubling is not allowed.
+2. Whatever cannot be decoded becomes a `Poison` with its reason, and costs nothing else: a frame alone, or, where the
+   whole body is unreadable, the batch's fresh ranges.
+3. The same entry always gives the same records, however often it is decoded: times are computed from the entry alone.
+4. A time that cannot be true never blocks and is never passed on as true. Where the gateway's clock gives a time
+   before 2000, or more than a day after the batch was received, or none at all, the scan's time is estimated: the
+   newest scan of that boot in the batch was taken when the batch was received, the others as much earlier as the boot
+   clock says; `clock_synchronized` is false. A clock that runs ahead by more than `SKEW_FLAG_NS` keeps its time and is
+   flagged in the same way.
+5. A value that is not a number never reaches a sink: it becomes no value with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, cast
+
+import msgspec
+
+from cloud.journal.contract import Range, Stored
+from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord
+from drivers.contract import Reason, Value
+from sync.wire import (
+    MAX_EPOCH,
+    Body,
+    ClockRow,
+    Frame,
+    GapFrame,
+    Layout,
+    Packing,
+    ScanFrame,
+    WireError,
+    decode_frame,
+    layout_id,
+    open_body,
+    seal,
+    unpack_reasons,
+    wall_clock,
+)
+
+NS_PER_S: Final = 1_000_000_000
+EARLIEST_NS: Final = 946_684_800 * NS_PER_S  #: 2000-01-01: no gateway of ours is older
+AHEAD_NS: Final = 86_400 * NS_PER_S  #: a time this far after the receipt is not believed
+SKEW_FLAG_NS: Final = 300 * NS_PER_S  #: a clock ahead by more is flagged (cloud.md section 7, 27)
+MAX_LAYOUTS: Final = 4_096  #: compiled layouts kept; above it the oldest goes and is compiled again when met
+
+_FLOATS: Final = frozenset(("f32", "f64"))
+
+
+class Poison(msgspec.Struct, frozen=True):
+    """Frames `first..last` of one entry that do not decode, and why."""
+
+    offset: int
+    gateway: str  #: `<tenant>/<gateway>`
+    epoch: int
+    first: int
+    last: int
+    reason: str
+
+
+class Decoded(msgspec.Struct, frozen=True):
+    """What one entry of the journal holds: every fresh seq is in one of the two."""
+
+    records: list[Record]
+    poison: list[Poison]
+
+
+class Decoder:
+    """Decodes entries; keeps each layout's compiled form by its id. One per sink runner; not for several threads."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[int, _Compiled] = {}
+
+    def decode(self, stored: Stored) -> Decoded:
+        """Never raises for what the bytes are."""
+        try:
+            head, body = open_body(stored.payload)
+        except WireError as err:
+            return Decoded([], [_poison(stored, first, last, err) for first, last in stored.fresh])
+        batch = _Batch(self, stored, body, head.first)
+        for first, last in stored.fresh:
+            for seq in range(first, last + 1):
+                batch.take(seq)
+        return Decoded(batch.records, batch.poison)
+
+    def compiled(self, layout: Layout) -> _Compiled:
+        """Raises `WireError` for a layout that no frame can have."""
+        known = self._compiled.get(key := layout_id(layout))
+        if known is None:
+            known = _Compiled(layout)
+            if len(self._compiled) >= MAX_LAYOUTS:
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[key] = known
+        return known
+
+
+def frames_of(stored: Stored, wanted: Iterable[int]) -> tuple[Body, dict[int, bytes]]:
+    """The encoded frames of these seqs, and the body they stand in: what a dead letter keeps. Raises `WireError`."""
+    head, body = open_body(stored.payload)
+    count = len(body.frames)
+    return body, {
+        seq: bytes(body.frames[seq - head.first]) for seq in wanted if 0 <= seq - head.first < count
+    }
+
+
+def alone(decoder: Decoder, stored: Stored, body: Body, frame: bytes, record: Record) -> Stored:
+    """The frame behind this record as an entry of its own, which decodes to the same record years later.
+
+    It keeps its layout and its boot's clock rows; where the time was estimated from its neighbours in the batch, a
+    clock row that says the estimate takes their place. Raises `WireError`.
+    """
+    decoded = decode_frame(frame)
+    layouts = [layout for layout in body.layouts if _names(decoded, layout)]
+
+    def entry(clocks: Sequence[ClockRow]) -> Stored:
+        seq, readings = record.seq, readings_in(record)
+        sealed = seal(stored.gateway, stored.epoch, seq, [frame], layouts, clocks, readings)
+        return msgspec.structs.replace(
+            stored, first=seq, last=seq, readings=readings, fresh=((seq, seq),), payload=sealed.payload
+        )
+
+    kept = entry([row for row in body.clocks if row.boot == decoded.boot])
+    again = decoder.decode(kept).records
+    if again and _at_ns(again[0]) != _at_ns(record):
+        return entry([ClockRow(decoded.boot, "", _boot_ns(decoded), _at_ns(record), synchronized=False)])
+    return kept
+
+
+def _names(frame: Frame, layout: Layout) -> bool:
+    return isinstance(frame, ScanFrame) and layout_id(layout) == frame.layout
+
+
+def _at_ns(record: Record) -> int:
+    if isinstance(record, ScanRecord):
+        return record.taken_at_ns
+    return record.from_ns if isinstance(record, GapRecord) else record.at_ns
+
+
+def _boot_ns(frame: Frame) -> int:
+    if isinstance(frame, ScanFrame):
+        return frame.taken_at_ns
+    return frame.from_boot_ns if isinstance(frame, GapFrame) else frame.at_boot_ns
+
+
+class _Batch:
+    """One entry on its way to records."""
+
+    def __init__(self, decoder: Decoder, stored: Stored, body: Body, first: int) -> None:
+        self.records: list[Record] = []
+        self.poison: list[Poison] = []
+        self._decoder = decoder
+        self._stored = stored
+        self._body = body
+        self._first = first
+        self._clocks = wall_clock(body.clocks)
+        self._tenant, _, self._gateway = stored.gateway.partition("/")
+        self._newest: dict[int, int] = {}
+        self._layouts: dict[int, _Compiled] = {}
+        self._broken: dict[int, WireError] = {}
+        for layout in body.layouts:
+            try:
+                compiled = decoder.compiled(layout)
+            except WireError as err:
+                self._broken[layout_id(layout)] = err
+            else:
+                self._layouts[compiled.packing.id] = compiled
+
+    def take(self, seq: int) -> None:
+        """The frame with this seq as a record, or as poison."""
+        index = seq - self._first
+        try:
+            if not 0 <= index < len(self._body.frames):
+                raise WireError("frame", f"the batch has no frame {seq}")
+            self.records.append(self.record(seq, decode_frame(self._body.frames[index])))
+        except WireError as err:
+            self.poison.append(_poison(self._stored, seq, seq, err))
+
+    def record(self, seq: int, frame: Frame) -> Record:
+        """Raises `WireError`."""
+        stored = self._stored
+        if isinstance(frame, ScanFrame):
+            compiled = self._layouts.get(frame.layout)
+            if compiled is None:
+                raise self._broken.get(frame.layout) or WireError(
+                    "layout", f"the batch does not carry layout {frame.layout:016x} that the frame names"
+                )
+            values, reasons = compiled.convert(frame)
+            taken_at_ns, synchronized = self._wall(frame.boot, frame.taken_at_ns)
+            return ScanRecord(
+                stored.offset, self._tenant, self._gateway, stored.epoch, seq, compiled.packing.layout,
+                frame.layout, taken_at_ns, synchronized, stored.received_at_ns, values, reasons,
+            )  # fmt: skip
+        if isinstance(frame, GapFrame):
+            _check_gap(frame)
+            from_ns, _ = self._wall(frame.boot, frame.from_boot_ns)
+            to_ns, _ = self._wall(frame.boot, frame.to_boot_ns)
+            return GapRecord(
+                stored.offset, self._tenant, self._gateway, stored.epoch, seq, frame,
+                from_ns, max(from_ns, to_ns), stored.received_at_ns,
+            )  # fmt: skip
+        at_ns, _ = self._wall(frame.boot, frame.at_boot_ns)
+        return EventRecord(
+            stored.offset, self._tenant, self._gateway, stored.epoch, seq, frame, at_ns, stored.received_at_ns
+        )
+
+    def _wall(self, boot: int, boot_ns: int) -> tuple[int, bool]:
+        """UTC and whether the gateway's clock vouches for it (rule 4)."""
+        row = self._clocks.get(boot)
+        ahead_ns = self._stored.received_at_ns
+        if row is not None:
+            wall_ns = row.wall_ns + boot_ns - row.boot_ns
+            if EARLIEST_NS <= wall_ns <= ahead_ns + AHEAD_NS:
+                return wall_ns, row.synchronized and wall_ns <= ahead_ns + SKEW_FLAG_NS
+        estimate_ns = ahead_ns - (self._newest_of(boot) - boot_ns)
+        return (estimate_ns if EARLIEST_NS <= estimate_ns <= ahead_ns else ahead_ns), False
+
+    def _newest_of(self, boot: int) -> int:
+        """The boot clock of the newest frame of this boot in the batch, fresh or not. Only a wrong clock needs it."""
+        newest = self._newest.get(boot)
+        if newest is None:
+            newest = max((_newest_ns(f) for f in self._readable() if f.boot == boot), default=0)
+            self._newest[boot] = newest
+        return newest
+
+    def _readable(self) -> Iterator[Frame]:
+        for raw in self._body.frames:
+            with contextlib.suppress(WireError):  # it becomes poison by itself
+                yield decode_frame(raw)
+
+
+def _newest_ns(frame: Frame) -> int:
+    return frame.to_boot_ns if isinstance(frame, GapFrame) else _boot_ns(frame)
+
+
+def _check_gap(gap: GapFrame) -> None:
+    for name in ("epoch", "first", "last", "scans", "readings"):
+        if not 0 <= (value := int(getattr(gap, name))) <= MAX_EPOCH:
+            raise WireError("frame", f"a gap with {name} {value}; 0 to {MAX_EPOCH} are possible")
+
+
+def _poison(stored: Stored, first: int, last: int, err: WireError) -> Poison:
+    return Poison(stored.offset, stored.gateway, stored.epoch, first, last, f"{err.code}: {err}")
+
+
+class _Compiled:
+    """A layout made ready: how to unpack its frames, and which points to scale by what."""
+
+    __slots__ = ("_checked", "_points", "_scalings", "_total", "packing")
+
+    def __init__(self, layout: Layout) -> None:
+        self.packing = Packing(layout)
+        self._points = len(layout.names)
+        by_scaling: dict[tuple[bool, float, float], list[int]] = {}
+        checked = []
+        for i, kind in enumerate(layout.types):
+            scale, offset = layout.scales[i], layout.offsets[i]
+            scaled = kind not in ("bool", "str") and not (scale == 1.0 and offset == 0.0)
+            if scaled:
+                by_scaling.setdefault((*_scaling(scale), offset), []).append(i)
+            if scaled or kind in _FLOATS:
+                checked.append(i)
+        self._scalings = [
+            (divides, by, offset, tuple(at), len(at) == self._points)
+            for (divides, by, offset), at in by_scaling.items()
+        ]
+        self._checked = tuple(checked)
+        self._total = _total(self._checked, self._points)
+
+    def convert(self, frame: ScanFrame) -> tuple[list[Value | None], dict[int, Reason]]:
+        """The engineering values and the reasons. Raises `WireError`."""
+        values = self.packing.unpack(frame.values, frame.texts)
+        for divides, by, offset, at, whole in self._scalings:
+            _scale(values, divides, by, offset, at, whole)
+        reasons = unpack_reasons(frame.reasons, self._points) if frame.reasons else {}
+        if self._checked:
+            total = self._total(values)
+            if total - total != 0.0:  # only an infinity or a NaN among them (or their sum) makes it so
+                _no_numbers(values, reasons, self._checked)
+        for i, reason in reasons.items():
+            if reason >= 128:  # bad, with no value: the frame holds a zero in its place
+                values[i] = None
+        if None in frame.texts:
+            _no_text(values, reasons)
+        return values, reasons
+
+
+def _scaling(scale: float) -> tuple[bool, float]:
+    """Whether to divide, and by what: the same decision as `drivers.contract.engineering`, made once per layout."""
+    if scale and abs(scale) < 1.0:
+        try:
+            inverse = round(1.0 / scale)
+        except OverflowError:  # a scale below 1e-308
+            return False, scale
+        if inverse and abs(inverse * scale - 1.0) < 1e-12:
+            return True, inverse
+    return False, scale
+
+
+def _scale(
+    values: list[Value | None], divides: bool, by: float, offset: float, at: Sequence[int], whole: bool
+) -> None:
+    numbers = cast("list[float]", values if whole else [values[i] for i in at])  # no text is ever scaled
+    if divides:
+        scaled = [v / by + offset for v in numbers] if offset else [v / by for v in numbers]
+    else:
+        scaled = [v * by + offset for v in numbers] if offset else [v * by for v in numbers]
+    if whole:
+        values[:] = scaled
+    else:
+        for i, value in zip(at, scaled, strict=True):
+            values[i] = value
+
+
+def _total(at: Sequence[int], points: int) -> Callable[[Sequence[Value | None]], float]:
+    """The sum of the values at `at`: one pass in C, to see whether all of them are finite."""
+    if len(at) == points:
+        return sum  # type: ignore[return-value]  # all are numbers
+    if len(at) == 1:
+        return operator.itemgetter(at[0])
+    pick = operator.itemgetter(*at) if at else tuple
+    return lambda values: sum(pick(values))
+
+
+def _no_numbers(values: list[Value | None], reasons: dict[int, Reason], at: Sequence[int]) -> None:
+    for i in at:
+        value = values[i]
+        if isinstance(value, float) and value - value != 0.0:
+            values[i] = None
+            if reasons.get(i, Reason.GOOD).has_value:
+                reasons[i] = Reason.NAN if value != value else Reason.INFINITE
+
+
+def _no_text(values: list[Value | None], reasons: dict[int, Reason]) -> None:
+    for i, value in enumerate(values):
+        if value is None and reasons.get(i, Reason.GOOD).has_value:
+            reasons[i] = Reason.MISSING
+
+
+def readings_in(record: Record) -> int:
+    """How many readings a record holds."""
+    return len(record.values) if isinstance(record, ScanRecord) else 0
+
+
+def overlap(ranges: Sequence[Range], first: int, last: int) -> int:
+    """How many seqs of first..last the ranges hold."""
+    return sum(max(0, min(last, b) - max(first, a) + 1) for a, b in ranges)
