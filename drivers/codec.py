@@ -165,7 +165,7 @@ def encode(value: Value, field: Field) -> bytes:
         return bytes(padded[i ^ swap] for i in range(len(padded)))
     if field.type is ValueType.BOOL or struct.calcsize(_CODES[field.type]) < _WORD:
         raise ValueError(f"a {field.type} is a part of a register, and only whole registers are written")
-    highest_first = struct.pack(">" + _CODES[field.type], _fitting(value, field.type))
+    highest_first = struct.pack(">" + _CODES[field.type], fitting(value, field.type))
     wire = bytearray(len(highest_first))
     for byte, place in zip(highest_first, places(field.order, len(wire)), strict=True):
         wire[place] = byte
@@ -178,7 +178,8 @@ def limits_of(type_: ValueType) -> tuple[int, int]:
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if type_.startswith("i") else (0, (1 << bits) - 1)
 
 
-def _fitting(value: Value, type_: ValueType) -> int | float:
+def fitting(value: Value, type_: ValueType) -> int | float:
+    """The number as this numeric type holds it. Raises `ValueError` saying what the type can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a number")
     if type_ in _FLOATS:

@@ -7,6 +7,7 @@ with the device, the point, the key, what was found and the nearest valid word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeAlias, TypeVar
@@ -105,9 +106,33 @@ def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path
     try:
         return convert(table, to)
     except ConfigFileError as err:
-        key = f"{err.path}: " if err.path else ""
-        text = err.text
-        if text.startswith("unknown key"):
-            key, text = "", f"unknown key {err.path!r}{text.removeprefix('unknown key')}"
-        full = f"{path}.{err.path}" if err.path else path
-        raise TableError(f"{where}: {key}{text}", full) from err
+        raise TableError(f"{where}: {_in_words(err, table, to)}", f"{path}.{err.path}".rstrip(".")) from err
+
+
+def _in_words(err: ConfigFileError, table: Mapping[str, object], to: type[msgspec.Struct]) -> str:
+    """The key, what is wrong with it, what was found (numbers only: text may be a secret), and what is valid."""
+    text = err.text
+    if text.startswith("unknown key"):
+        return f"unknown key {err.path!r}{text.removeprefix('unknown key')}"
+    missing = re.fullmatch(r"Object missing required field `(.*)`", text)
+    if missing:
+        return f"missing key {'.'.join(filter(None, (err.path, missing.group(1))))!r}"
+    found = table.get(err.path)
+    if isinstance(found, str) and (words := _words_of(to, err.path)):
+        return f"{err.path}: {found!r} is not valid{nearest(found, words)}"
+    if isinstance(found, int | float):
+        text = f"{text}, found {found!r}"
+    return f"{err.path}: {text}" if err.path else text
+
+
+def _words_of(to: type[msgspec.Struct], key: str) -> list[str]:
+    """The words that a key of a closed set may be; none where it is no such key."""
+    for each in msgspec.structs.fields(to):
+        if each.encode_name == key:
+            info = msgspec.inspect.type_info(each.type)
+            for kind in info.types if isinstance(info, msgspec.inspect.UnionType) else (info,):
+                if isinstance(kind, msgspec.inspect.EnumType):
+                    return [str(member.value) for member in kind.cls]
+                if isinstance(kind, msgspec.inspect.LiteralType):
+                    return [str(value) for value in kind.values]
+    return []
