@@ -366,7 +366,7 @@ def decode_frame(data: bytes | msgspec.Raw) -> Frame:
     """Raises `WireError`, also for a kind of frame that this version does not know."""
     try:
         return _decode_frame(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise WireError("frame", f"not a frame this version knows: {err}") from err
 
 
@@ -417,7 +417,7 @@ def open_head(payload: bytes) -> tuple[Head, int]:
     size = _head_size(payload)
     try:
         head = _decode_head(memoryview(payload)[1 : 1 + size])
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise WireError("head", f"the head of the batch does not decode: {err}") from err
     if not (0 < head.epoch <= MAX_EPOCH and 0 < head.first <= head.last <= MAX_EPOCH):
         raise WireError("head", f"epoch {head.epoch}, frames {head.first}..{head.last}: not a range")
@@ -499,7 +499,7 @@ def open_body(payload: bytes) -> tuple[Head, Body]:
         raise WireError("size", f"the body has {len(raw)} bytes, its head says {head.raw_bytes}")
     try:
         body = _decode_body(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise WireError("body", f"the body does not decode: {err}") from err
     if len(body.frames) != head.last - head.first + 1:
         raise WireError("body", f"{len(body.frames)} frames for seqs {head.first}..{head.last}")
@@ -530,7 +530,7 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError("version", "not a reply of a version this agent reads")
     try:
         return _decode_reply(memoryview(data)[1:])
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise WireError("reply", f"the reply does not decode: {err}") from err
 
 
