@@ -237,6 +237,10 @@ class Driver(_Device[OptionsT, PointT]):
 class PushDriver(_Device[OptionsT, PointT]):
     """A device that speaks when it likes (adverts, free-running instruments)."""
 
+    overruns: int = 0
+    """Scans the driver had to drop because nobody took them in time; only ever grows. The poller reports each as a
+    gap."""
+
     @abstractmethod
     def scans(self) -> AsyncIterator[Scan]:
         """Yield scans as they come, until cancelled. A scan names only the points its message carried, or gives

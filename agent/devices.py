@@ -1,0 +1,88 @@
+"""From the configuration to devices that can be polled, or to every error that stands in the way.
+
+Pure but for importing the drivers that the configuration names. `headgate run` and `headgate config check` both come
+through here, so what the check accepts is what runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import msgspec
+
+from agent.poller import DEADLINE_S, LONGEST_DEADLINE_S, Plan, phase_of
+from agent.validation import Rules
+from config.agent import Agent, Device
+from config.load import ConfigFileError, line_of
+from drivers import registry
+from drivers.contract import ConfigError
+from drivers.registry import AnyDriver, TableError
+from sync.wire import MAX_POINTS
+
+
+class Built(msgspec.Struct, frozen=True):
+    """One enabled device: its plan, and its first driver."""
+
+    plan: Plan
+    driver: AnyDriver
+
+
+def build_devices(
+    config: Agent, *, file: str = "", text: str = ""
+) -> tuple[list[Built], list[ConfigFileError]]:
+    """Every enabled device, and every error found (a disabled device is checked too, and not built)."""
+    built: list[Built] = []
+    errors: list[ConfigFileError] = []
+    for index, device in enumerate(config.device):
+        at = f"device[{index}]"
+        try:
+            made = build_device(device)
+        except ConfigError as err:
+            path = f"{at}.{err.path}" if isinstance(err, TableError) and err.path else at
+            errors.append(ConfigFileError(str(err), file=file, line=line_of(text, path), path=path))
+            continue
+        if device.enabled:
+            built.append(made)
+    return built, errors
+
+
+def build_device(device: Device) -> Built:
+    """One device. Raises `ConfigError` (`TableError` where the key is known)."""
+    where = f"device {device.name!r}"
+    if not device.point:
+        raise TableError(f"{where}: it has no points; add at least one [[device.point]]", "point")
+    if len(device.point) > MAX_POINTS:
+        raise TableError(
+            f"{where}: {len(device.point)} points; at most {MAX_POINTS} fit one device, so make it two",
+            "point",
+        )
+    build = functools.partial(registry.build, device.name, device.driver, device.options, device.point)
+    driver = build()
+    try:
+        Rules(driver.points)
+    except ConfigError as err:
+        raise ConfigError(f"{where}: {err}") from err
+    period_s = device.period_ms / 1000
+    phase_s = phase_of(device.name, period_s) if device.phase_ms is None else device.phase_ms / 1000
+    if device.timeout_ms is not None:
+        deadline_s = device.timeout_ms / 1000
+    else:
+        deadline_s = max(DEADLINE_S, min(period_s, LONGEST_DEADLINE_S))
+    plan = Plan(
+        name=device.name,
+        driver=device.driver,
+        measurement=device.measurement or device.driver,
+        tags=tuple(sorted(device.tags.items())),
+        points=tuple(driver.points),
+        period_s=period_s,
+        phase_s=phase_s,
+        deadline_s=deadline_s,
+        build=build,
+    )
+    return Built(plan, driver)
+
+
+def all_points(built: Sequence[Built]) -> int:
+    """How many points are read in all."""
+    return sum(len(made.plan.points) for made in built)
