@@ -1,0 +1,759 @@
+"""The journal on one machine: SQLite, WAL, `synchronous=FULL`, group commit.
+
+Rules:
+1. One thread owns the one writing connection, and each group is one transaction: whatever calls are waiting are
+   committed together, so that an fsync is paid per group and not per batch. A call that comes alone is not delayed.
+2. The dedupe intervals, the counters and the entries go into the same transaction; what is cached of them in memory
+   is thrown away when a transaction fails.
+3. Readers have their own read-only connections and threads; nobody but the writer checkpoints (SQLite 3.7 to 3.51.2
+   has a WAL-reset race between two checkpointers).
+4. Every row carries a CRC over all its columns. SQLite checks none: 127 of 200 flipped bits came back as wrong rows.
+5. Full means refused, before anything is written; cursors and trim still work then, so it recovers by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from cloud.intervals import IntervalSet, count
+from cloud.journal.contract import (
+    Appended,
+    Entry,
+    EntryDamaged,
+    GatewayCount,
+    JournalBroken,
+    JournalError,
+    JournalFull,
+    JournalState,
+    Range,
+    Stored,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCHEMA_VERSION: Final = 1
+PAGE_BYTES: Final = 8192  #: a 2 to 5 KB batch fits a page; 4096 needs an overflow page for most
+GROUP_ENTRIES: Final = 8192  #: of one transaction
+GROUP_BYTES: Final = 16 * 1024 * 1024
+WAL_CHECKPOINT_PAGES: Final = (
+    2048  #: 16 MiB; the default 1000 pages checkpoints four times a second under full load
+)
+WAL_MAX_BYTES: Final = 64 * 1024 * 1024  #: above this the writer waits for readers to get out of the way
+ROW_OVERHEAD_BYTES: Final = 160  #: columns beside the payload, and the B-tree's share
+RETRY_FULL_S: Final = 5.0  #: what is told to gateways; trim looks at a full journal this often
+TRIM_CHUNK: Final = 256  #: rows per transaction, so that a trim holds up an append for milliseconds
+CACHED_RANGES: Final = 500_000  #: of dedupe, in memory: about 50 MB
+CACHED_SETS: Final = 50_000
+READERS: Final = 4
+
+_INSERT = """INSERT INTO entry (offset, gateway, epoch, first, last, readings, received_at_ns, fresh, crc32, payload)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_COUNT = """INSERT INTO gateway_count (gateway, batches, frames_received, frames_duplicate, readings_stored)
+VALUES (?, ?, ?, ?, ?) ON CONFLICT (gateway) DO UPDATE SET
+batches = batches + excluded.batches,
+frames_received = frames_received + excluded.frames_received,
+frames_duplicate = frames_duplicate + excluded.frames_duplicate,
+readings_stored = readings_stored + excluded.readings_stored"""
+# The texts as bytes: a damaged one may not be UTF-8 any more.
+_READ = """SELECT offset, CAST(gateway AS BLOB), epoch, first, last, readings, received_at_ns,
+CAST(fresh AS BLOB), crc32, payload FROM entry WHERE offset > ? ORDER BY offset LIMIT ?"""
+
+_Insert = tuple[int, str, int, int, int, int, int, str, int, bytes]
+# As read: what stands in a damaged row may be of any type.
+_Cell = int | float | str | bytes | None
+_Row = tuple[int, _Cell, _Cell, _Cell, _Cell, _Cell, _Cell, _Cell, _Cell, _Cell]
+
+
+class GatewayState(msgspec.Struct, frozen=True):
+    """A gateway's latest heartbeat, as it came."""
+
+    gateway: str
+    received_at_ns: int
+    state: bytes
+
+
+class _Append:
+    """One waiting `append`."""
+
+    __slots__ = ("entries", "future", "refused", "results", "size_bytes")
+
+    def __init__(self, entries: Sequence[Entry], future: asyncio.Future[list[Appended]]) -> None:
+        self.entries = entries
+        self.future = future
+        self.refused: JournalFull | None = None
+        self.results: list[Appended] = []
+        self.size_bytes = sum(len(e.payload) + ROW_OVERHEAD_BYTES for e in entries)
+
+
+class _Task:
+    """Anything else that writes; `work` runs in the writer's thread, within a transaction."""
+
+    __slots__ = ("future", "result", "work")
+
+    def __init__(self, work: Callable[[sqlite3.Connection], object], future: asyncio.Future[object]) -> None:
+        self.work = work
+        self.future = future
+        self.result: object = None
+
+
+class _Tally:
+    """What one group adds to a gateway's counters."""
+
+    __slots__ = ("batches", "duplicate", "readings", "received")
+
+    def __init__(self) -> None:
+        self.batches = self.received = self.duplicate = self.readings = 0
+
+
+class SqliteJournal:
+    """A `Journal`. `max_bytes` bounds the file and its WAL together."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int = 10 * 1024**3,
+        free_disk_bytes: int = 128 * 1024**2,
+        commit_interval_s: float = 0.005,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self._free_disk_bytes = free_disk_bytes
+        self._interval_s = commit_interval_s
+        self._clock_ns = clock_ns
+        self._wal_bytes = min(WAL_MAX_BYTES, max_bytes // 4)
+        self._page_bytes = max_bytes - self._wal_bytes  # what entries may take
+        self._lock_file: int | None = None
+        self._db: sqlite3.Connection | None = None
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Between the loop and the writer; guarded by `_ready`.
+        self._ready = threading.Condition()
+        self._jobs: deque[_Append | _Task] = deque()
+        self._closing = False
+        # The writer's own.
+        self._held: OrderedDict[tuple[str, int], IntervalSet] = OrderedDict()
+        self._held_ranges = 0
+        self._next = 1
+        self._used_bytes = 0
+        self._committed_s = 0.0
+        # The loop's own.
+        self._last = 0
+        self._grown = asyncio.Event()
+        self._cursors: dict[str, int] = {}
+        self._broken: str | None = None
+        self._full = False
+        # Readers.
+        self._pool: ThreadPoolExecutor | None = None
+        self._idle: deque[sqlite3.Connection] = deque()
+        # For metrics.
+        self.commits = 0
+
+    # --- open and close ---
+
+    async def open(self) -> None:
+        """Raises `JournalBroken`: another process has it, it is not ours, it is damaged, it cannot be written."""
+        self._loop = asyncio.get_running_loop()
+        self._db = await asyncio.to_thread(self._open)
+        self._pool = ThreadPoolExecutor(READERS, "journal-read")
+        self._thread = threading.Thread(
+            target=self._write_forever, args=(self._db, self._loop), name="journal-write", daemon=True
+        )
+        self._thread.start()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_file = os.open(
+                self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            self._unlock()
+            raise JournalBroken(
+                f"{self.path}: another process has this journal; stop it, or give this one another data_dir"
+            ) from err
+        except OSError as err:
+            self._unlock()
+            raise JournalBroken(f"{self.path}: {err.strerror}; the data_dir must be writable") from err
+        try:
+            return self._connect()
+        except sqlite3.Error as err:
+            self._unlock()
+            raise JournalBroken(
+                f"{self.path}: {err}; not a journal, or damaged: set the file aside (do not delete it: gateways have "
+                "dropped what it holds), and salvage it with `sqlite3 FILE .recover`"
+            ) from err
+        except JournalError:
+            self._unlock()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        new = not self.path.exists()
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1.0)
+        try:
+            if new:
+                self.path.chmod(0o600)
+                db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != "wal":
+                raise JournalBroken(f"{self.path}: SQLite's WAL does not work on this file system")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute(f"PRAGMA wal_autocheckpoint = {WAL_CHECKPOINT_PAGES}")
+            db.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}")
+            db.execute("PRAGMA mmap_size = 0")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                schema = Path(__file__).with_suffix(".sql").read_text()
+                db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+            elif version != SCHEMA_VERSION:
+                raise JournalBroken(
+                    f"{self.path}: version {version}; this program knows version {SCHEMA_VERSION}: run the newer one"
+                )
+            page = db.execute("PRAGMA page_size").fetchone()[0]
+            # The hard stop stands above our own check: cursors and trim must find room when entries do not.
+            db.execute(f"PRAGMA max_page_count = {(self._page_bytes + self._page_bytes // 16) // page + 64}")
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entry'").fetchone()
+            top = db.execute("SELECT max(offset) FROM entry").fetchone()[0]
+            self._last = max(row[0] if row else 0, top or 0)
+            self._next = self._last + 1
+            self._cursors = dict(db.execute("SELECT sink, offset FROM cursor").fetchall())
+            self._used_bytes = self._measure(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    async def close(self) -> None:
+        """Commits what is waiting, then lets go. Safe to call twice."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.shutdown)
+            self._pool = None
+        while self._idle:
+            self._idle.pop().close()
+        if self._db is not None:
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # a full disk: the WAL stays, and is read at the next start
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
+            self._db = None
+        self._unlock()
+
+    # --- writing, the loop's side ---
+
+    async def append(self, entries: Sequence[Entry]) -> list[Appended]:
+        if not entries:
+            return []
+        future: asyncio.Future[list[Appended]] = self._running().create_future()
+        self._submit(_Append(entries, future))
+        return await future
+
+    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        future: asyncio.Future[object] = self._running().create_future()
+        self._submit(_Task(work, future))
+        return await future  # type: ignore[return-value]  # it is what `work` returned
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None or self._thread is None or self._closing:
+            raise JournalBroken(f"{self.path}: the journal is closed")
+        return self._loop
+
+    def _submit(self, job: _Append | _Task) -> None:
+        with self._ready:
+            self._jobs.append(job)
+            self._ready.notify()
+
+    def _settle(self, group: list[_Append | _Task], last: int, failed: JournalError | None) -> None:
+        """In the loop: hand the group's results to those who wait. `last` is the newest offset it committed."""
+        self._say(group, failed)
+        if last > self._last:
+            self._last = last
+            self._grown.set()
+            self._grown = asyncio.Event()
+        for job in group:
+            if job.future.done():  # its caller has gone; what was committed stays committed
+                continue
+            if failed is not None:
+                job.future.set_exception(_copy(failed))
+            elif isinstance(job, _Task):
+                job.future.set_result(job.result)
+            elif job.refused is not None:
+                job.future.set_exception(job.refused)
+            else:
+                job.future.set_result(job.results)
+
+    def _say(self, group: list[_Append | _Task], failed: JournalError | None) -> None:
+        """One line when it goes wrong, one when it is well again."""
+        appends = [job for job in group if isinstance(job, _Append)]
+        refusal: JournalError | None = next((job.refused for job in appends if job.refused), None)
+        if isinstance(failed, JournalFull):
+            refusal = failed
+        if refusal is not None and not self._full:
+            log.warning("journal full, batches are refused with retry-after: %s", refusal)
+            self._full = True
+        elif self._full and appends and failed is None and refusal is None:
+            log.info("journal has room again")
+            self._full = False
+        broken = str(failed) if isinstance(failed, JournalBroken) else None
+        if broken and not self._broken:
+            log.error("journal cannot be written: %s", broken)
+        elif self._broken and failed is None:
+            log.info("journal can be written again")
+        self._broken = broken
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last writes failed, None where they did not."""
+        return self._broken or (str(self._refusal()) if self._full else None)
+
+    def _refusal(self) -> JournalFull:
+        return JournalFull(
+            f"{self.path}: {self._used_bytes // 1024} KiB of {self._page_bytes // 1024} KiB used, "
+            f"{self._free_bytes() // 1024**2} MiB free on the disk; raise journal.max_mb, free the disk, or look why a "
+            "sink is behind",
+            RETRY_FULL_S,
+        )
+
+    # --- writing, the writer's side ---
+
+    def _write_forever(self, db: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            with self._ready:
+                while not self._jobs and not self._closing:
+                    self._ready.wait()
+                if not self._jobs:
+                    return
+            # Commits come no closer together than the interval: a lone batch goes at once, a stream in groups.
+            pause = self._committed_s + self._interval_s - time.monotonic()
+            if pause > 0 and not self._closing:
+                time.sleep(pause)
+            group = self._take()
+            failed = self._commit_group(db, group)
+            self._committed_s = time.monotonic()
+            with contextlib.suppress(RuntimeError):  # the loop has gone: nobody waits for the results
+                loop.call_soon_threadsafe(self._settle, group, self._next - 1, failed)
+
+    def _take(self) -> list[_Append | _Task]:
+        group: list[_Append | _Task] = []
+        entries = size = 0
+        with self._ready:
+            while self._jobs and entries < GROUP_ENTRIES and size < GROUP_BYTES:
+                job = self._jobs.popleft()
+                group.append(job)
+                if isinstance(job, _Append):
+                    entries += len(job.entries)
+                    size += job.size_bytes
+        return group
+
+    def _commit_group(self, db: sqlite3.Connection, group: list[_Append | _Task]) -> JournalError | None:
+        """One transaction. Returns what failed all of it; a call refused for want of room says so itself."""
+        start = self._next
+        dirty: dict[tuple[str, int], IntervalSet] = {}
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            rows: list[_Insert] = []
+            tallies: dict[str, _Tally] = {}
+            need = 0
+            floor_hit = self._free_bytes() < self._free_disk_bytes
+            for job in group:
+                if isinstance(job, _Task):
+                    job.result = job.work(db)
+                elif floor_hit or self._used_bytes + need + job.size_bytes > self._page_bytes:
+                    job.refused = self._refusal()
+                else:
+                    need += job.size_bytes
+                    job.results = [self._admit(db, e, rows, dirty, tallies) for e in job.entries]
+            if rows:
+                db.executemany(_INSERT, rows)
+            self._persist(db, dirty, tallies)
+            db.execute("COMMIT")
+            self.commits += 1
+            self._used_bytes = self._measure(db)
+        except sqlite3.Error as err:
+            with contextlib.suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            self._next = start
+            for key in dirty:
+                self._forget(key)
+            return self._translate(err)
+        self._shrink_cache()
+        self._tidy_wal(db)
+        return None
+
+    def _admit(
+        self,
+        db: sqlite3.Connection,
+        entry: Entry,
+        rows: list[_Insert],
+        dirty: dict[tuple[str, int], IntervalSet],
+        tallies: dict[str, _Tally],
+    ) -> Appended:
+        key = (entry.gateway, entry.epoch)
+        held = dirty.get(key)
+        if held is None:
+            held = dirty[key] = self._load(db, key)
+        fresh = held.add(entry.first, entry.last)
+        tally = tallies.get(entry.gateway)
+        if tally is None:
+            tally = tallies[entry.gateway] = _Tally()
+        frames = entry.last - entry.first + 1
+        tally.batches += 1
+        tally.received += frames
+        if not fresh:
+            tally.duplicate += frames
+            return Appended(None, ())
+        whole = fresh[0] == (entry.first, entry.last)
+        if whole:
+            tally.readings += entry.readings
+        else:
+            new = count(fresh)
+            tally.duplicate += frames - new
+            # A batch's readings are counted as evenly spread: nothing is decoded here.
+            tally.readings += entry.readings * new // frames
+        offset = self._next
+        self._next += 1
+        text = "" if whole else ",".join(f"{a}-{b}" for a, b in fresh)
+        rows.append((
+            offset, entry.gateway, entry.epoch, entry.first, entry.last, entry.readings, entry.received_at_ns, text,
+            _crc(offset, entry.gateway.encode(), entry.epoch, entry.first, entry.last, entry.readings,
+                 entry.received_at_ns, text.encode(), entry.payload),
+            entry.payload,
+        ))  # fmt: skip
+        return Appended(offset, fresh)
+
+    def _persist(
+        self,
+        db: sqlite3.Connection,
+        dirty: dict[tuple[str, int], IntervalSet],
+        tallies: dict[str, _Tally],
+    ) -> None:
+        gone: list[tuple[str, int, int]] = []
+        kept: list[tuple[str, int, int, int]] = []
+        for (gateway, epoch), held in dirty.items():
+            for first, last in held.take_changes().items():
+                if last is None:
+                    gone.append((gateway, epoch, first))
+                else:
+                    kept.append((gateway, epoch, first, last))
+        if gone:
+            db.executemany("DELETE FROM held WHERE gateway = ? AND epoch = ? AND first = ?", gone)
+        if kept:
+            db.executemany(
+                "INSERT OR REPLACE INTO held (gateway, epoch, first, last) VALUES (?, ?, ?, ?)", kept
+            )
+        if tallies:
+            db.executemany(
+                _COUNT,
+                [(g, t.batches, t.received, t.duplicate, t.readings) for g, t in tallies.items()],
+            )
+
+    def _load(self, db: sqlite3.Connection, key: tuple[str, int]) -> IntervalSet:
+        held = self._held.get(key)
+        if held is None:
+            held = IntervalSet(
+                db.execute("SELECT first, last FROM held WHERE gateway = ? AND epoch = ? ORDER BY first", key)
+            )
+            self._held[key] = held
+        else:
+            self._held.move_to_end(key)
+        return held
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        self._held.pop(key, None)
+
+    def _shrink_cache(self) -> None:
+        """Keep the most recently used sets, within bounds. Summing all is only done when there are many."""
+        while len(self._held) > CACHED_SETS:
+            self._held.popitem(last=False)
+        if self.commits % 256 == 0:
+            total = sum(len(held) for held in self._held.values())
+            while total > CACHED_RANGES and len(self._held) > 1:
+                total -= len(self._held.popitem(last=False)[1])
+
+    def _measure(self, db: sqlite3.Connection) -> int:
+        """Bytes of pages in use: what trim freed is used again before the file grows."""
+        pages: int = db.execute("PRAGMA page_count").fetchone()[0]
+        free: int = db.execute("PRAGMA freelist_count").fetchone()[0]
+        size: int = db.execute("PRAGMA page_size").fetchone()[0]
+        return (pages - free) * size
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self.path.parent)
+        return disk.f_bavail * disk.f_frsize
+
+    def _wal_size(self) -> int:
+        try:
+            return Path(f"{self.path}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _tidy_wal(self, db: sqlite3.Connection) -> None:
+        """Readers that follow each other closely keep a WAL from ever starting over: above the bound, wait for them."""
+        if self.commits % 16 == 0 and self._wal_size() > self._wal_bytes:
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # a full disk, or a reader for longer than the timeout: next time
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _translate(self, err: sqlite3.Error) -> JournalError:
+        code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL or (
+            code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
+        ):
+            return self._refusal()
+        return JournalBroken(
+            f"{self.path}: {err}; check the disk and its permissions (nothing was acknowledged)"
+        )
+
+    # --- reading ---
+
+    async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._pool is None:
+            raise JournalBroken(f"{self.path}: the journal is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._with_reader, work)
+
+    def _with_reader(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            uri = f"file:{quote(str(self.path))}?mode=ro"
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0)
+            db.text_factory = _lenient
+        try:
+            return work(db)
+        except sqlite3.Error as err:
+            raise JournalBroken(f"{self.path}: {err}; the journal cannot be read") from err
+        finally:
+            self._idle.append(db)
+
+    async def read(self, after: int, *, max_entries: int, max_bytes: int) -> list[Stored]:
+        if after >= self._last:
+            return []
+        return await self._read(lambda db: _read_rows(db, after, max_entries, max_bytes))
+
+    async def wait(self, after: int, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._last <= after:
+                    await self._grown.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def holds(self, gateway: str, epoch: int, first: int, last: int) -> tuple[Range, ...]:
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT max(first, ?), min(last, ?) FROM held WHERE gateway = ? AND epoch = ? AND first <= ? "
+                "AND last >= ? ORDER BY first",
+                (first, last, gateway, epoch, last, first),
+            ).fetchall()
+        )
+        return tuple((a, b) for a, b in rows)
+
+    async def counts(self) -> list[GatewayCount]:
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT gateway, batches, frames_received, frames_duplicate, readings_stored FROM gateway_count "
+                "ORDER BY gateway"
+            ).fetchall()
+        )
+        return [GatewayCount(*row) for row in rows]
+
+    async def state(self) -> JournalState:
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT offset, received_at_ns FROM entry ORDER BY offset LIMIT 1"
+            ).fetchone()
+        )
+        first, oldest = rows or (self._last + 1, None)
+        return JournalState(first, self._last, self._used_bytes + self._wal_size(), oldest)
+
+    @property
+    def last_offset(self) -> int:
+        """The newest committed offset, 0 where there was never one."""
+        return self._last
+
+    # --- cursors, trim, heartbeats ---
+
+    async def cursor(self, sink: str) -> int:
+        return self._cursors.get(sink, 0)
+
+    async def commit(self, sink: str, offset: int) -> None:
+        if offset <= self._cursors.get(sink, 0) and sink in self._cursors:
+            return
+        await self._write(
+            lambda db: db.execute(
+                "INSERT INTO cursor (sink, offset) VALUES (?, ?) "
+                "ON CONFLICT (sink) DO UPDATE SET offset = max(offset, excluded.offset)",
+                (sink, offset),
+            )
+        )
+        self._cursors[sink] = max(offset, self._cursors.get(sink, 0))
+
+    async def reset(self, sink: str, offset: int) -> None:
+        if offset < 0:
+            raise ValueError(f"offset {offset} is below 0")
+        await self._write(
+            lambda db: db.execute(
+                "INSERT OR REPLACE INTO cursor (sink, offset) VALUES (?, ?)", (sink, offset)
+            )
+        )
+        self._cursors[sink] = offset
+
+    async def trim(self, sinks: Sequence[str], *, keep_s: float, max_bytes: int) -> int:
+        """With no sink named nothing is removed: nobody has read it."""
+        if not sinks:
+            return 0
+        total = 0
+        while True:
+            upto = min(self._cursors.get(sink, 0) for sink in sinks)
+            before_ns = self._clock_ns() - int(keep_s * 1e9)
+            removed = await self._write(lambda db: self._trim_chunk(db, upto, before_ns, max_bytes))  # noqa: B023
+            total += removed
+            if removed < TRIM_CHUNK:
+                return total
+
+    def _trim_chunk(self, db: sqlite3.Connection, upto: int, before_ns: int, max_bytes: int) -> int:
+        rows = db.execute(
+            "SELECT offset, received_at_ns, length(payload) FROM entry WHERE offset <= ? ORDER BY offset LIMIT ?",
+            (upto, TRIM_CHUNK),
+        ).fetchall()
+        used = self._measure(db)
+        cut, n = 0, 0
+        for offset, received_at_ns, size in rows:
+            if received_at_ns >= before_ns and used <= max_bytes:
+                break
+            used -= size + ROW_OVERHEAD_BYTES
+            cut, n = offset, n + 1
+        if n:
+            db.execute("DELETE FROM entry WHERE offset <= ?", (cut,))
+        return n
+
+    async def record_state(self, gateway: str, received_at_ns: int, state: bytes) -> None:
+        """Keep a gateway's latest heartbeat (UTF-8 text)."""
+        await self._write(
+            lambda db: db.execute(
+                "INSERT OR REPLACE INTO gateway_state (gateway, received_at_ns, state) VALUES (?, ?, ?)",
+                (gateway, received_at_ns, state.decode()),
+            )
+        )
+
+    async def states(self) -> list[GatewayState]:
+        """The latest heartbeat of each gateway that ever sent one."""
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT gateway, received_at_ns, state FROM gateway_state ORDER BY gateway"
+            ).fetchall()
+        )
+        return [GatewayState(gateway, at, state.encode()) for gateway, at, state in rows]
+
+
+def _crc(
+    offset: int, gateway: bytes, epoch: int, first: int, last: int, readings: int, received_at_ns: int, fresh: bytes,
+    payload: bytes,
+) -> int:  # fmt: skip
+    columns = b"%a|%b|%a|%a|%a|%a|%a|%b" % (
+        offset,
+        gateway,
+        epoch,
+        first,
+        last,
+        readings,
+        received_at_ns,
+        fresh,
+    )
+    return zlib.crc32(payload, zlib.crc32(columns))
+
+
+def _read_rows(db: sqlite3.Connection, after: int, max_entries: int, max_bytes: int) -> list[Stored]:
+    out: list[Stored] = []
+    size = 0
+    with contextlib.closing(db.execute(_READ, (after, max(max_entries, 1)))) as rows:
+        for row in rows:
+            entry = _stored(row)
+            if entry is None:
+                if out:
+                    return out
+                raise _damaged(row, after, db.execute(_READ, (after, 2)).fetchall())
+            size += len(entry.payload)
+            if out and size > max_bytes:
+                return out
+            out.append(entry)
+    return out
+
+
+def _stored(row: _Row) -> Stored | None:
+    """None where the row is not what was written."""
+    offset, gateway, epoch, first, last, readings, received_at_ns, fresh, crc, payload = row
+    if not (isinstance(gateway, bytes) and isinstance(fresh, bytes) and isinstance(payload, bytes)):
+        return None
+    if not (isinstance(epoch, int) and isinstance(first, int) and isinstance(last, int)):
+        return None
+    if not (isinstance(readings, int) and isinstance(received_at_ns, int)):
+        return None
+    if _crc(offset, gateway, epoch, first, last, readings, received_at_ns, fresh, payload) != crc:
+        return None
+    ranges = tuple(_ranges(first, last, fresh.decode()))
+    return Stored(offset, gateway.decode(), epoch, first, last, readings, received_at_ns, ranges, payload)
+
+
+def _damaged(row: _Row, after: int, rows: list[_Row]) -> EntryDamaged:
+    """The offset itself may be what is damaged: it must not lead past the entry that follows."""
+    offset = max(after + 1, row[0] if len(rows) < 2 else min(row[0], rows[1][0] - 1))
+    gateway = bytes(row[1]).decode(errors="replace") if isinstance(row[1], bytes) else str(row[1])
+    epoch, first, last = (number if isinstance(number, int) else 0 for number in row[2:5])
+    return EntryDamaged(
+        f"journal entry {offset} ({gateway}, epoch {epoch}, frames {first}..{last}) is damaged on the disk",
+        offset=offset, gateway=gateway, epoch=epoch, first=first, last=last,
+    )  # fmt: skip
+
+
+def _ranges(first: int, last: int, text: str) -> Iterator[Range]:
+    if not text:
+        yield first, last
+        return
+    for part in text.split(","):
+        a, _, b = part.partition("-")
+        yield int(a), int(b)
+
+
+def _lenient(text: bytes) -> str:
+    """Damaged text must reach the CRC's check, not stop the query."""
+    return text.decode(errors="replace")
+
+
+def _copy(error: JournalError) -> JournalError:
+    """A fresh exception for each waiter: a shared one would grow a traceback per raise."""
+    if isinstance(error, JournalFull):
+        return JournalFull(str(error), error.retry_after_s)
+    return JournalBroken(str(error))
