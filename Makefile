@@ -64,6 +64,7 @@ lock: ## pin again what pyproject.toml asks for: hashes, no addresses
 	$(LOCK) --extra dev --output-file requirements/dev.lock pyproject.toml
 	$(LOCK) --extra agent --output-file requirements/agent.lock pyproject.toml
 	$(LOCK) --extra cloud --output-file requirements/cloud.lock pyproject.toml
+	$(LOCK) --output-file requirements/build.lock requirements/build.in
 	$(LOCK) --output-file requirements/toolchain.lock requirements/toolchain.in
 
 clean: ## take away .venv and all that was made here; built servers stay in ~/.cache/headgate
