@@ -29,10 +29,10 @@ from tests.demo import auditor, screen
 from tests.demo.plant import ADVERT_POINTS, BOILER_REGISTERS, METER_REGISTERS, THERMOMETERS, advert
 from tests.servers import run
 from tests.servers.process import ServerProcess, free_port
+from tests.system.child import BIN, Child
 
 COMMIT_INTERVAL_S = 1.0  #: the published loss window of the agent's default configuration
 SLACK_S = 1.0  #: a commit takes time of its own, and this machine does other things too
-BIN = Path(sys.executable).parent
 TENANT, GATEWAY = "demo", "plant-1"
 
 
@@ -42,32 +42,6 @@ def boot_ns() -> int:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@dataclass
-class Child:
-    """A process of the demo, its output in a file of its own."""
-
-    name: str
-    command: list[str]
-    folder: Path
-    env: dict[str, str]
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with (self.folder / f"{self.name}.log").open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env)
-
-    def end(self, how: signal.Signals, timeout_s: float = 40.0) -> int:
-        assert self.process is not None
-        self.process.send_signal(how)
-        return self.process.wait(timeout_s)
-
-    def check(self) -> None:
-        """Raises where it ended by itself, with the last lines of its output."""
-        if self.process is not None and self.process.poll() is not None:
-            tail = (self.folder / f"{self.name}.log").read_text(errors="replace").splitlines()[-15:]
-            raise SystemExit("\n".join([f"demo: {self.name} ended with {self.process.returncode}:", *tail]))
 
 
 @dataclass
@@ -185,7 +159,7 @@ class Demo:
             agent = self.child("agent", str(BIN / "headgate"), "run", "--config", f"{self.folder}/agent.toml")
             for child in (cloud, agent):
                 child.start()
-                stack.callback(stop_hard, child)
+                stack.callback(child.stop_hard)
             view = screen.Screen(self.folder, cloud_port, self.secret("operator.token"))
             started = time.monotonic()
             half, wanted = self.seconds * 0.45, [cloud, agent]
@@ -238,7 +212,7 @@ class Demo:
         """The same agent and buffer with no devices, until the cloud has acked everything."""
         drainer = self.child("drain", str(BIN / "headgate"), "run", "--config", f"{self.folder}/drain.toml")
         drainer.start()
-        stack.callback(stop_hard, drainer)
+        stack.callback(drainer.stop_hard)
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             drainer.check()
@@ -286,12 +260,6 @@ def tamper_with(cloud: Path, sink: str) -> None:
         table = DeltaTable(str(cloud / "archive" / "readings"))
         row = table.to_pyarrow_table(columns=["device", "point", "seq"]).slice(0, 1).to_pylist()[0]
         table.delete(f"device = '{row['device']}' AND point = '{row['point']}' AND seq = {row['seq']}")
-
-
-def stop_hard(child: Child) -> None:
-    if child.process is not None and child.process.poll() is None:
-        child.process.kill()
-        child.process.wait()
 
 
 def main() -> int:
