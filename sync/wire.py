@@ -440,6 +440,15 @@ def _crc(
     return zlib.crc32(packed, zlib.crc32(told.encode()))
 
 
+def claimed(payload: bytes) -> tuple[int, int, int]:
+    """What a refused batch says of itself, unchecked, to name it in the refusal: epoch, first and last, or zeros."""
+    try:
+        head = _decode_head(memoryview(payload)[1 : 1 + _head_size(payload)])
+    except (WireError, msgspec.DecodeError, IndexError):
+        return 0, 0, 0
+    return head.epoch, head.first, head.last
+
+
 def _head_size(payload: bytes) -> int:
     """Where the head's msgpack ends. msgspec has no partial decode, so the array is walked here: a handful of
     fields of the plain kinds a head is made of (an unknown trailing field may be any integer, string or bin)."""

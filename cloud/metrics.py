@@ -1,0 +1,215 @@
+"""What the cloud counts, and how it is shown to Prometheus.
+
+Counting is plain integer addition in the loop's thread, done per group and not per batch: it costs the hot path
+nothing. The text is made when somebody asks for it.
+
+Rule: whatever is refused or dropped anywhere has a counter here; nothing disappears uncounted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Histogram:
+    """Seconds in buckets."""
+
+    __slots__ = ("bounds", "counts", "sum_s")
+
+    def __init__(self, bounds: Sequence[float] = LATENCY_BUCKETS_S) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, seconds)] += times
+        self.sum_s += seconds * times
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as Prometheus wants them."""
+        running, out = 0, []
+        for bound, n in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += n
+            out.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        return out
+
+
+class Metrics:
+    """One per server. Every counter only grows."""
+
+    __slots__ = (
+        "ack_latency",
+        "batches",
+        "bytes",
+        "door_drops",
+        "duplicate_batches",
+        "duplicate_frames",
+        "frames",
+        "readings",
+        "refused",
+        "replies_lost",
+        "retry",
+        "states",
+        "states_refused",
+        "unauthorized",
+    )
+
+    def __init__(self) -> None:
+        self.batches: Counter[str] = Counter()  #: by door, as received
+        self.bytes: Counter[str] = Counter()  #: by door
+        self.frames = 0  #: of batches that were acknowledged
+        self.readings = 0  #: of batches that were acknowledged and not entirely duplicates
+        self.duplicate_batches = 0  #: nothing in them was new
+        self.duplicate_frames = 0
+        self.refused: Counter[str] = Counter()  #: permanently, by code
+        self.retry: Counter[str] = Counter()  #: with retry-after, by code
+        self.unauthorized = 0  #: HTTP requests without a valid credential
+        self.states: Counter[str] = Counter()  #: heartbeats, by door
+        self.states_refused = 0
+        self.door_drops: Counter[str] = (
+            Counter()
+        )  #: messages a door let go unanswered, by reason; agents resend
+        self.replies_lost = 0  #: acks and nacks that the broker's link did not take
+        self.ack_latency = Histogram()  #: from the door to the reply
+
+
+class SinkGauge(msgspec.Struct, frozen=True):
+    """How one sink stands."""
+
+    sink: str
+    lag_s: float
+    pending_entries: int
+    cursor: int
+    up: bool
+    records: int
+    rejected: int
+
+
+class Gauges(msgspec.Struct, frozen=True):
+    """What is measured at the moment of asking."""
+
+    journal_bytes: int = 0
+    journal_max_bytes: int = 0
+    journal_last_offset: int = 0
+    journal_oldest_age_s: float = 0.0
+    journal_ok: bool = True
+    broker_connected: bool | None = None
+    sinks: tuple[SinkGauge, ...] = ()
+    dead_letters: tuple[tuple[str, int], ...] = ()  #: (sink, letters)
+    dead_letters_dropped: int = 0
+    trimmed: int = 0
+    memory_bytes: int = 0
+
+
+def exposition(metrics: Metrics, gauges: Gauges) -> bytes:
+    """The Prometheus text."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.registry import Collector
+
+    class Now(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield from _counted(metrics)
+            yield from _measured(gauges)
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Now())
+    return generate_latest(registry)
+
+
+def _counted(metrics: Metrics) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+    labelled: list[tuple[str, str, str, Counter[str]]] = [
+        ("batches_received", "Batches that came in.", "door", metrics.batches),
+        ("bytes_received", "Bytes of batches that came in.", "door", metrics.bytes),
+        ("batches_refused", "Batches refused for ever.", "code", metrics.refused),
+        ("batches_deferred", "Batches answered with retry-after.", "code", metrics.retry),
+        ("states_received", "Heartbeats that came in.", "door", metrics.states),
+        ("door_dropped", "Messages that a door let go unanswered; agents send them again.", "reason",
+         metrics.door_drops),
+    ]  # fmt: skip
+    for name, text, label, counter in labelled:
+        family = CounterMetricFamily(f"headgate_{name}", text, labels=[label])
+        for key, value in sorted(counter.items()):
+            family.add_metric([key], value)
+        yield family
+    plain = [
+        ("frames_acknowledged", "Frames in acknowledged batches.", metrics.frames),
+        ("readings_received", "Readings in acknowledged batches that were not duplicates.", metrics.readings),
+        ("duplicate_batches", "Batches of which everything was already held.", metrics.duplicate_batches),
+        ("duplicate_frames", "Frames that were already held.", metrics.duplicate_frames),
+        ("unauthorized", "HTTP requests without a valid credential.", metrics.unauthorized),
+        ("states_refused", "Heartbeats that were not what they should be.", metrics.states_refused),
+        ("replies_lost", "Replies that the broker's link did not take.", metrics.replies_lost),
+    ]
+    for name, text, number in plain:
+        yield CounterMetricFamily(f"headgate_{name}", text, value=number)
+    histogram = metrics.ack_latency
+    latency = HistogramMetricFamily(
+        "headgate_ack_latency_seconds", "From a batch's arrival at the door to its reply."
+    )
+    latency.add_metric([], histogram.buckets(), histogram.sum_s)
+    yield latency
+
+
+def _measured(gauges: Gauges) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    plain = [
+        ("journal_bytes", "Bytes that the journal takes.", gauges.journal_bytes),
+        ("journal_max_bytes", "Bytes that the journal may take.", gauges.journal_max_bytes),
+        ("journal_last_offset", "The newest offset.", gauges.journal_last_offset),
+        ("journal_oldest_age_seconds", "Age of the oldest entry held.", gauges.journal_oldest_age_s),
+        ("journal_ok", "1 where the last write to the journal worked.", int(gauges.journal_ok)),
+        ("memory_bytes", "Resident memory of the server.", gauges.memory_bytes),
+    ]
+    for name, text, number in plain:
+        yield GaugeMetricFamily(f"headgate_{name}", text, value=number)
+    if gauges.broker_connected is not None:
+        yield GaugeMetricFamily(
+            "headgate_broker_connected", "1 where the MQTT door is open.", value=int(gauges.broker_connected)
+        )
+    lag = GaugeMetricFamily(
+        "headgate_sink_lag_seconds", "Age of the oldest batch not yet in the sink.", labels=["sink"]
+    )
+    pending = GaugeMetricFamily(
+        "headgate_sink_pending_entries", "Batches not yet in the sink.", labels=["sink"]
+    )
+    up = GaugeMetricFamily("headgate_sink_up", "1 where the sink took its last records.", labels=["sink"])
+    records = CounterMetricFamily("headgate_sink_records", "Records written.", labels=["sink"])
+    rejected = CounterMetricFamily(
+        "headgate_sink_rejected", "Records refused for what they are.", labels=["sink"]
+    )
+    for sink in gauges.sinks:
+        lag.add_metric([sink.sink], sink.lag_s)
+        pending.add_metric([sink.sink], sink.pending_entries)
+        up.add_metric([sink.sink], int(sink.up))
+        records.add_metric([sink.sink], sink.records)
+        rejected.add_metric([sink.sink], sink.rejected)
+    yield from (lag, pending, up, records, rejected)
+    letters = GaugeMetricFamily("headgate_dead_letters", "Dead letters that are kept.", labels=["sink"])
+    for name, number in gauges.dead_letters:
+        letters.add_metric([name], number)
+    yield letters
+    yield CounterMetricFamily(
+        "headgate_dead_letters_dropped",
+        "Dead letters that had to go for want of room.",
+        value=gauges.dead_letters_dropped,
+    )
+    yield CounterMetricFamily(
+        "headgate_journal_trimmed", "Journal entries removed by trim.", value=gauges.trimmed
+    )
