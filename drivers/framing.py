@@ -44,6 +44,9 @@ class Framer(Protocol):
     def cut_short(self) -> None:
         """The line went silent inside a frame: forget it."""
 
+    def begins(self) -> None:
+        """The line was silent, and what comes next is the beginning of a frame."""
+
 
 def crc16_modbus(data: bytes) -> int:
     """CRC-16/MODBUS: polynomial 0x8005 reflected, start 0xFFFF (Modbus over serial line 1.02, 6.2.2)."""
@@ -85,13 +88,17 @@ def nmea_agrees(text: str, sent: str) -> bool:
 
 
 class TextFramer:
-    """Cuts at a delimiter. Unless it starts in step, the first delimiter only says where a line begins."""
+    """Cuts at a delimiter. Unless it starts in step, the first delimiter only says where a line begins, and `None`
+    stands for the line that it ends."""
 
     def __init__(self, delimiter: bytes, max_frame_bytes: int, counts: LineCounts, *, in_step: bool) -> None:
         self._delimiter = delimiter
         self._max = max_frame_bytes
         self._counts = counts
         self._in_step = in_step
+        self._unknown_begin = (
+            not in_step
+        )  #: the first line was running before we listened; its loss is not yet told
         self._rest = b""
 
     @property
@@ -101,11 +108,15 @@ class TextFramer:
     def feed(self, chunk: bytes) -> list[bytes | None]:
         lines = (self._rest + chunk).split(self._delimiter)
         self._rest = lines.pop()
+        frames: list[bytes | None] = []
         if lines and not self._in_step:
-            self._counts.skipped_bytes += len(lines[0]) + len(self._delimiter)
-            del lines[0]
+            tail = lines.pop(0)
+            self._counts.skipped_bytes += len(tail) + len(self._delimiter)
             self._in_step = True
-        frames: list[bytes | None] = [line if len(line) <= self._max else None for line in lines if line]
+            if self._unknown_begin and tail.strip():
+                frames.append(None)
+            self._unknown_begin = False
+        frames += [line if len(line) <= self._max else None for line in lines if line]
         if not self._in_step:
             self._skip_rest()
         elif len(self._rest) >= self._max + len(self._delimiter):
@@ -118,6 +129,9 @@ class TextFramer:
         """What comes next may be the tail or a new line, so skip to the next delimiter."""
         self._counts.framing_errors += 1
         self._skip_rest()
+
+    def begins(self) -> None:
+        self._in_step = True
 
     def _skip_rest(self) -> None:
         """Skip to the next delimiter, of which a read may have cut off the first part."""
@@ -189,6 +203,9 @@ class BinaryFramer:
         self._counts.skipped_bytes += len(self._buffer)
         self._buffer = b""
         self._in_step = False
+
+    def begins(self) -> None:
+        """Nothing to do: a frame is known by its start and check."""
 
     def _next_start(self, buffer: bytes, at: int) -> int:
         """Where a frame may begin; a start cut in two by a read counts."""

@@ -2,9 +2,9 @@
 
 Rules:
 
-- A frame is whole or it is nothing. What is on the line when the port opens is the rest of an unknown frame and is
-  skipped; a frame that stops half-way (`frame_timeout_ms`) or grows past `max_frame_bytes` is dropped and counted, and
-  reading goes on at the next frame that is provably whole.
+- A frame is whole or it is nothing. What came before the port was opened is skipped, because its time is unknown; a
+  line that was already running then is `FRAMING`; a frame that stops half-way (`frame_timeout_ms`) or grows past
+  `max_frame_bytes` is dropped and counted, and reading goes on at the next frame that is provably whole.
 - A field that is absent is `MISSING`, one that does not read as the point's type is `DECODE`, a message of another
   form is `FRAMING` and a failed check is `CRC`, on the points it would have carried. Never 0, never the last value.
 - Silence of `stale_after_s` gives one scan of `STALE` (`TIMEOUT` where we ask), and then nothing until it speaks.
@@ -26,7 +26,6 @@ import re
 import select
 import struct
 import termios
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -46,14 +45,12 @@ from drivers.contract import (
     boot_ns,
 )
 from drivers.framing import BinaryFramer, ByteOrder, Check, Framer, LineCounts, TextFramer, nmea_agrees
+from drivers.scan_queue import ScanQueue
 
 if TYPE_CHECKING:
     import serial
 
 READ_BYTES = 65_536  # one read takes all that a tty holds (N_TTY_BUF_SIZE is 4,096) and more
-QUEUE_SCANS = 1_024  # scans held for a consumer that is late; past it the oldest is dropped and counted
-DRAIN_S = 0.02  # a tty hands over what it holds in pieces, from a kernel worker
-BACKLOG_BYTES = 256  # read in one go, so much is an old store and not the line as it runs
 SETTLE_S = 0.1  # silence before the first request, so that the reply to an earlier one is not taken for ours
 
 Parity = Literal["none", "even", "odd", "mark", "space"]
@@ -218,12 +215,11 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         self.counts = LineCounts()
         self._serial: serial.Serial | None = None
         self._fd = -1
-        self._ready: deque[Scan] = deque()
-        self._wake = asyncio.Event()
-        self._failure: DeviceUnreachable | None = None
+        self._queue = ScanQueue()
         self._ask_timer: asyncio.TimerHandle | None = None
         self._silence_timer: asyncio.TimerHandle | None = None
         self._last_byte_s = 0.0
+        self._spoken = False  #: has a byte come since the port was opened?
         self._check_common()
         self._request = self._request_bytes()
         if options.framing == "text":
@@ -392,14 +388,16 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         await self.close()
         port = self._open()
         self._serial, self._fd = port, port.fileno()
-        self._failure = None
-        self._ready.clear()
         self._framer = self._new_framer()
+        self._last_byte_s = asyncio.get_running_loop().time()
+        self._spoken = False
         loop = asyncio.get_running_loop()
-        await self._drain()
+        if self._request:
+            await self._settle()
         now_s = loop.time()
         for line in self._lines:
             line.heard(now_s)
+        self._queue.begin()
         loop.add_reader(self._fd, self._readable)
         if self._request:
             self._ask()
@@ -409,9 +407,17 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
     def _open(self) -> serial.Serial:
         import serial
 
+        counts = self.counts
+
+        class Port(serial.Serial):
+            def _reset_input_buffer(self) -> None:
+                """Called at the end of opening. What came before then is skipped: nobody knows when it came, so it can
+                be given no time. A flush (TCIFLUSH) would leave behind what the tty has not yet taken over."""
+                counts.skipped_bytes += _read_away(self.fd) if self.fd is not None else 0
+
         options = self.options
         try:
-            return serial.Serial(
+            return Port(
                 options.port,
                 baudrate=options.baud,
                 bytesize=options.data_bits,
@@ -429,28 +435,24 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         except (OSError, termios.error) as exc:  # SerialException is an OSError
             raise _opening_failed(self.name, options.port, exc) from exc
 
-    async def _drain(self) -> None:
-        """Skip what came before: nobody knows when it did, so it can get no time. Where we ask, wait for silence too,
-        or the reply to an earlier question would be taken for the reply to ours."""
+    async def _settle(self) -> None:
+        """Wait until the line is silent, or the reply to an earlier question would be taken for the reply to ours."""
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + 10 * SETTLE_S
-        quiet_s = SETTLE_S if self._request else DRAIN_S
-        quiet_since_s = loop.time()
-        while quiet_since_s + quiet_s > loop.time() < give_up_s:
+        while loop.time() < give_up_s:
+            await asyncio.sleep(SETTLE_S)
             try:
-                skipped = len(os.read(self._fd, READ_BYTES))
-            except BlockingIOError:
-                skipped = 0
+                skipped = _read_away(self._fd)
             except OSError as exc:
                 self._release()
                 raise DeviceUnreachable(f"{self.name}: {self.options.port}: {exc.strerror}") from exc
             self.counts.skipped_bytes += skipped
-            if skipped >= BACKLOG_BYTES or (skipped and self._request):
-                quiet_since_s = loop.time()
-            await asyncio.sleep(DRAIN_S / 4)
+            if not skipped:
+                return
 
     async def close(self) -> None:
         self._release()
+        self._queue.end(DeviceUnreachable(f"{self.name}: {self.options.port}: not connected"))
 
     def _release(self) -> None:
         for timer in (self._ask_timer, self._silence_timer):
@@ -470,8 +472,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 
     def _fail(self, why: str) -> None:
         self._release()
-        self._failure = DeviceUnreachable(f"{self.name}: {self.options.port}: {why}")
-        self._wake.set()
+        self._queue.end(DeviceUnreachable(f"{self.name}: {self.options.port}: {why}"))
 
     # -------------------------------------------------------------------------------------------------- bytes
 
@@ -490,22 +491,18 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
             return
         now_s = asyncio.get_running_loop().time()
         gap_s = self.options.frame_timeout_ms / 1000
-        if gap_s and self._framer.partial and now_s - self._last_byte_s > gap_s:
-            self._framer.cut_short()
+        if gap_s and now_s - self._last_byte_s > gap_s:
+            if self._framer.partial:
+                self._framer.cut_short()
+            elif not self._spoken:
+                self._framer.begins()
+        self._spoken = True
         self._last_byte_s = now_s
         decode = self._decode_binary if self.options.framing == "binary" else self._decode_text
         for frame in self._framer.feed(chunk):
             scan = decode(frame, taken_at_ns, now_s)
             if scan is not None:
-                self._put(scan)
-
-    def _put(self, scan: Scan) -> None:
-        ready = self._ready
-        if len(ready) >= QUEUE_SCANS:
-            ready.popleft()
-            self.overruns += 1
-        ready.append(scan)
-        self._wake.set()
+                self.overruns += self._queue.put(scan)
 
     def _ask(self) -> None:
         try:
@@ -531,7 +528,8 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 next_s = min(next_s, due_s)
             elif not line.silent:
                 line.silent = True
-                self._put(_bad(boot_ns(), line.points, Reason.TIMEOUT if self._request else Reason.STALE))
+                reason = Reason.TIMEOUT if self._request else Reason.STALE
+                self.overruns += self._queue.put(_bad(boot_ns(), line.points, reason))
         self._silence_timer = loop.call_at(next_s, self._watch_silence)
 
     # ------------------------------------------------------------------------------------------------- frames
@@ -610,16 +608,8 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 
     # -------------------------------------------------------------------------------------------------- scans
 
-    async def scans(self) -> AsyncIterator[Scan]:
-        if self._serial is None and self._failure is None:
-            raise DeviceUnreachable(f"{self.name}: {self.options.port}: is not open")
-        while True:
-            while self._ready:
-                yield self._ready.popleft()
-            if self._failure is not None:
-                raise self._failure
-            self._wake.clear()
-            await self._wake.wait()
+    def scans(self) -> AsyncIterator[Scan]:
+        return self._queue.drain()
 
     @classmethod
     async def discover(cls) -> AsyncIterator[Found]:
@@ -647,6 +637,15 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 def _by_id() -> list[Path]:
     folder = Path("/dev/serial/by-id")
     return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _read_away(fd: int) -> int:
+    """How many bytes were waiting."""
+    skipped = 0
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(fd, READ_BYTES):
+            skipped += len(chunk)
+    return skipped
 
 
 def _hung_up(fd: int) -> bool:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from drivers import serial_line
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, Scan, Value, ValueType, boot_ns
 from drivers.framing import CHECKS, BinaryFramer, Check, LineCounts, TextFramer, crc16_modbus, nmea_agrees
+from drivers.scan_queue import ScanQueue
 from drivers.serial_line import SerialLineDriver, SerialLineOptions, SerialLinePoint, fit, parse
 from tests.fakes.serial_instrument import SerialInstrument, binary_frame, scale_line, serial_instrument
 
@@ -108,7 +109,7 @@ async def test_lines_become_scans_in_order_with_the_time_of_their_last_byte(
 ) -> None:
     driver = text_driver(instrument)
     async with opened(driver) as scans:
-        instrument.send(b"of an unknown line\r\n")
+        instrument.noise(b"\r\n")
         before = boot_ns()
         instrument.send(b"W=  12.5 kg, T= 21.50 C\r\n")
         first = await following(scans)
@@ -121,14 +122,23 @@ async def test_lines_become_scans_in_order_with_the_time_of_their_last_byte(
     assert driver.counts.frames == 2
 
 
-async def test_the_first_line_is_skipped_because_its_beginning_may_be_missing(
+async def test_the_line_that_was_running_at_the_opening_is_framing_as_its_beginning_may_be_missing(
     instrument: SerialInstrument,
 ) -> None:
     driver = text_driver(instrument)
     async with opened(driver) as scans:
         instrument.send(b"W=123.4 kg, T=20 C\r\nW=5 kg, T=21 C\r\n")
+        assert (await following(scans)).reasons == {0: Reason.FRAMING, 1: Reason.FRAMING}
         assert (await following(scans)).values == [5.0, 21.0]
     assert driver.counts.skipped_bytes == len(b"W=123.4 kg, T=20 C\r\n")
+
+
+async def test_a_line_after_a_silence_is_whole_though_it_is_the_first(instrument: SerialInstrument) -> None:
+    driver = text_driver(instrument, frame_timeout_ms=20)
+    async with opened(driver) as scans:
+        await asyncio.sleep(0.1)  # the silence under test
+        instrument.send(b"W=5 kg, T=21 C\r\n")
+        assert (await following(scans)).values == [5.0, 21.0]
 
 
 async def test_what_waited_before_the_port_was_opened_gets_no_new_time(instrument: SerialInstrument) -> None:
@@ -136,7 +146,7 @@ async def test_what_waited_before_the_port_was_opened_gets_no_new_time(instrumen
     async with opened(driver) as scans:
         instrument.send(b"\nW=1 kg, T=1 C\n")
         assert (await following(scans)).values == [1.0, 1.0]
-    for _ in range(500):  # some 8 KB, twice what a tty's own buffer holds
+    for _ in range(500):  # some 9 KB, twice what a tty's own buffer holds
         instrument.send(b"W=666 kg, T=666 C\n")
     async with opened(driver) as scans:
         instrument.send(b"\nW=2 kg, T=2 C\n")
@@ -284,7 +294,7 @@ async def test_silence_says_so_once_and_then_nothing_until_it_speaks(instrument:
         assert stale.values == [None, None]
         assert stale.reasons == {0: Reason.STALE, 1: Reason.STALE}
         await asyncio.sleep(0.5)  # five times as long as it takes to be stale
-        assert not driver._ready
+        assert not driver._queue
         instrument.send(b"W=3 kg, T=4 C\n")
         assert (await following(scans)).values == [3.0, 4.0]
         assert set((await following(scans)).reasons.values()) == {Reason.STALE}
@@ -323,7 +333,7 @@ async def test_pulling_the_plug_ends_the_scans_and_connect_opens_the_line_afresh
             await driver.connect()
         instrument.plug()
         await driver.connect()
-        instrument.noise(b"half of a line\nW=3 kg, T=4 C\n")
+        instrument.noise(b"\nW=3 kg, T=4 C\n")
         assert (await following(driver.scans())).values == [3.0, 4.0]
 
 
@@ -333,17 +343,17 @@ async def test_what_came_before_the_plug_was_pulled_is_still_delivered(instrumen
         instrument.noise(b"\nW=1 kg, T=2 C\n")
         await until(lambda: driver.counts.frames == 1)
         instrument.unplug()
-        await until(lambda: driver._failure is not None)
+        await until(lambda: driver._serial is None)
         assert (await following(scans)).values == [1.0, 2.0]
         with pytest.raises(DeviceUnreachable):
             await following(scans)
 
 
 async def test_a_late_consumer_loses_the_oldest_and_it_is_counted(
-    instrument: SerialInstrument, monkeypatch: pytest.MonkeyPatch
+    instrument: SerialInstrument,
 ) -> None:
-    monkeypatch.setattr(serial_line, "QUEUE_SCANS", 10)
     driver = text_driver(instrument)
+    driver._queue = ScanQueue(10)
     async with opened(driver) as scans:
         instrument.noise(b"\n")
         for index in range(25):
@@ -363,7 +373,7 @@ async def test_a_second_reader_of_the_same_port_is_told_so(instrument: SerialIns
 async def test_close_is_safe_without_connect_and_twice(instrument: SerialInstrument) -> None:
     driver = text_driver(instrument)
     await driver.close()
-    with pytest.raises(DeviceUnreachable, match="not open"):
+    with pytest.raises(DeviceUnreachable, match="not connected"):
         await following(driver.scans())
     await driver.connect()
     await driver.close()
