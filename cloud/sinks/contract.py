@@ -112,8 +112,9 @@ class Sink(Protocol):
     linger_s: float  #: the runner may wait this long to fill a call (0: at once)
 
     async def open(self) -> int | None:
-        """Connect, create what is missing. Returns the offset the store itself remembers (it then wins over the
-        journal's cursor), or None. Raises `RetryLater`, `SinkBroken`."""
+        """Connect, create what is missing; called again after `close`. Returns the offset the store itself remembers,
+        or None. The runner resumes from the lower of it and the journal's cursor, and no call crosses it: what lies
+        between is given once more, in calls with an `upto_offset` up to it. Raises `RetryLater`, `SinkBroken`."""
 
     async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
         """Store these, and with them, where the store can, `upto_offset` in the same transaction. Writing the same
@@ -125,4 +126,5 @@ class Sink(Protocol):
     async def maintain(self, now_ns: int) -> None:
         """Retention, partitions, compaction: called about hourly. Raises any `SinkError`."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release everything. Never raises; safe to call twice, or without `open`."""

@@ -1,0 +1,653 @@
+"""Delivers the journal to one sink: cursor, backoff, bisection and dead letters, once for all sinks.
+
+Rules:
+1. The cursor moves only over what the sink has settled and the dead letters durably hold. A crash anywhere between
+   delivers again, and a sink makes nothing of that.
+2. A sink that remembers an offset of its own is resumed from the lower of the two: a store restored from a backup gets
+   again what it lost, and refusals that a crash kept from the dead letters are met again. No call crosses the offset
+   that the store remembers, so a store that knows its calls by offset knows this one too.
+3. `RetryLater` means the same call again, after what the store asks for or full-jitter backoff, for ever.
+   `SinkRefused` means bisection: one poison record among n is isolated within 2·log2(n)+1 tries, the rest goes on.
+   `SinkBroken` stops this sink, says so, and opens it anew every minute.
+4. Memory is bounded by the sink's `max_bytes` of batches and `MAX_READINGS` decoded, however slow the sink.
+5. One runner never waits for another; a sink's calls never overlap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Final, Literal, Protocol, TypeAlias
+
+import msgspec
+
+from cloud.dead_letters import DeadLetters, DeadLettersError, NewLetter
+from cloud.decode import Decoder, Poison, alone, frames_of, readings_in
+from cloud.journal.contract import EntryDamaged, Journal, JournalError, Stored
+from cloud.sinks.contract import (
+    GapRecord,
+    Record,
+    Rejection,
+    RetryLater,
+    ScanRecord,
+    Settled,
+    Sink,
+    SinkBroken,
+    SinkError,
+    SinkRefused,
+)
+from sync.wire import Layout, WireError, layout_id, open_head
+
+log = logging.getLogger(__name__)
+
+MAX_READINGS: Final = 200_000  #: decoded in one call, about 30 MB of objects
+MAX_PIECE_BYTES: Final = 1024 * 1024  #: of an uncompressed body, decoded at once
+MAX_ENTRIES: Final = 4_096  #: batches in hand at once
+WAIT_S: Final = 1.0  #: how long one look at an idle journal lasts; bounds how late a drain is noticed
+RETRY_BASE_S: Final = 0.5
+RETRY_CAP_S: Final = 30.0  #: a store that comes back is used within this time: live lag < 60 s
+BROKEN_RETRY_S: Final = 60.0
+MAINTAIN_S: Final = 3_600.0
+REPLAY_WAIT_S: Final = 10.0  #: how long a replay waits for its turn
+MAX_FAILURES: Final = 16  #: records that a sink may fail on in one call before it is the sink that is broken
+
+Word: TypeAlias = Literal["starting", "running", "retrying", "broken", "stopped"]
+
+
+class SinkState(msgspec.Struct, frozen=True):
+    """One sink, for metrics and people. Counters are since the start of the process."""
+
+    name: str
+    word: Word
+    position: int  #: the journal offset up to which all is settled
+    lag_s: float  #: the age of the oldest entry not yet settled; 0 where there is none
+    accepted_records: int
+    accepted_readings: int
+    rejected_records: int  #: to the dead letters, in whole or in part
+    rejected_readings: int
+    retries: int
+    missed_entries: int  #: trimmed from the journal before this sink had them: an alarm
+    error: str  #: the last one; "" once recovered
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """What became of the letters that were to be replayed."""
+
+    delivered: tuple[int, ...]
+    refused: tuple[tuple[int, str], ...]  #: id and the new reason; the letter stays
+    unknown: tuple[int, ...]  #: no such letter of this sink
+
+
+class Guard(Protocol):
+    """Decides which points of a scan may not become new series (`cloud.registry.SeriesGuard`)."""
+
+    async def refused(self, record: ScanRecord) -> tuple[int, ...]:
+        """Indices into the layout; empty: all may pass."""
+
+    async def admit(self, record: ScanRecord) -> None:
+        """A person replays this one: its points pass from now on."""
+
+    @property
+    def reason(self) -> str:
+        """Why, for the dead letter."""
+
+
+class _Part(msgspec.Struct):
+    """One call in the making. `origins[i]` are the layout indices that record i still has; None: all."""
+
+    records: list[Record]
+    origins: list[tuple[int, ...] | None]
+    letters: list[NewLetter]
+    sources: dict[int, Stored]
+    readings: int
+    refused_readings: int
+    upto: int
+
+
+class _NotTaken(SinkRefused):
+    """A sink failed in a way that its contract does not know; told apart so that a broken sink does not empty the
+    journal into the dead letters."""
+
+
+class SinkRunner:
+    """One sink's way through the journal. `run()` is one task; everything else may be called from others."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        journal: Journal,
+        dead_letters: DeadLetters,
+        *,
+        guard: Guard | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        rng: random.Random | None = None,
+        retry_base_s: float = RETRY_BASE_S,
+        retry_cap_s: float = RETRY_CAP_S,
+        broken_retry_s: float = BROKEN_RETRY_S,
+        maintain_s: float = MAINTAIN_S,
+    ) -> None:
+        self.sink = sink
+        self._journal = journal
+        self._dead_letters = dead_letters
+        self._guard = guard
+        self._clock_ns = clock_ns
+        self._rng = rng or random.Random()
+        self._retry_base_s = retry_base_s
+        self._retry_cap_s = retry_cap_s
+        self._broken_retry_s = broken_retry_s
+        self._maintain_s = maintain_s
+        self._decoder = Decoder()
+        self._reduced: dict[tuple[int, tuple[int, ...]], tuple[Layout, int]] = {}
+        self._turn = asyncio.Lock()  # a sink's calls never overlap
+        self._draining = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._word: Word = "starting"
+        self._error = ""
+        self._down_since_ns = 0
+        self._failures = 0  # records in a row on which the sink itself failed
+        self._tries = 0
+        self._position = 0
+        self._generation = 0  # grows with every rewind: entries in hand are then of the past
+        self._fence: int | None = None
+        self._oldest_ns: int | None = None
+        self._maintain_at = 0.0
+        self._accepted_records = self._accepted_readings = 0
+        self._rejected_records = self._rejected_readings = 0
+        self._retries = self._missed = 0
+
+    # --- the story ---
+
+    async def run(self) -> None:
+        """Deliver until `drain`, or for ever."""
+        self._task = asyncio.current_task()
+        try:
+            while True:
+                try:
+                    await self._open()
+                    await self._follow()
+                except (RetryLater, SinkRefused, JournalError, DeadLettersError) as err:
+                    await self._back_off(err)
+                except SinkBroken as err:
+                    self._down("broken", err)
+                    await self._pause(self._broken_retry_s)
+                except Exception as err:
+                    log.exception("sink %s failed", self.sink.name)
+                    self._down("broken", err)
+                    await self._pause(self._broken_retry_s)
+                if self._draining.is_set():
+                    break
+                await self.sink.close()
+        finally:
+            self._word = "stopped"
+            await self.sink.close()
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Finish what the journal holds and end; whether all of it was settled in time."""
+        self._draining.set()
+        task = self._task
+        if task is None:
+            return await self._caught_up()
+        await asyncio.wait((task,), timeout=max(0.0, deadline_s))
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+        return await self._caught_up()
+
+    async def replay(self, ids: Sequence[int]) -> Replayed:
+        """Deliver these dead letters of this sink once more; one leaves only once the sink has taken it.
+
+        Raises `RetryLater` or `SinkBroken` where the sink takes nothing now, `DeadLettersError`.
+        """
+        if self._word != "running":
+            raise RetryLater(
+                f"sink {self.sink.name} is {self._word}: {self._error or 'not ready'}; replay later"
+            )
+        try:
+            async with asyncio.timeout(REPLAY_WAIT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise RetryLater(f"sink {self.sink.name} is busy; replay later") from None
+        try:
+            return await self._replay(ids)
+        finally:
+            self._turn.release()
+
+    async def rewind(self, offset: int) -> None:
+        """Deliver again everything after `offset` that the journal still holds. Writing it again changes nothing."""
+        async with self._turn:
+            await self._journal.reset(self.sink.name, offset)
+            self._generation += 1
+            self._position = offset
+            self._fence = None
+
+    async def state(self) -> SinkState:
+        return SinkState(
+            self.sink.name, self._word, self._position, await self._lag_s(), self._accepted_records,
+            self._accepted_readings, self._rejected_records, self._rejected_readings, self._retries, self._missed,
+            self._error,
+        )  # fmt: skip
+
+    # --- opening ---
+
+    async def _open(self) -> None:
+        name = self.sink.name
+        self._position = cursor = await self._journal.cursor(name)
+        self._fence = None
+        remembered = await self.sink.open()
+        state = await self._journal.state()
+        if remembered is not None and remembered < cursor:
+            log.warning("sink %s remembers offset %d, its cursor is %d: delivering again from there",
+                        name, remembered, cursor)  # fmt: skip
+            await self._journal.reset(name, remembered)
+            self._position = remembered
+        elif remembered is not None and cursor < remembered <= state.last_offset:
+            self._fence = remembered
+        elif remembered is not None and remembered > state.last_offset:
+            log.error("sink %s remembers offset %d, the journal ends at %d: this is another journal; delivering all "
+                      "that it holds", name, remembered, state.last_offset)  # fmt: skip
+        if 0 < self._position < state.first_offset - 1:
+            gone = state.first_offset - 1 - self._position
+            self._missed += gone
+            log.error("sink %s: %d batches after offset %d were trimmed from the journal before it had them",
+                      name, gone, self._position)  # fmt: skip
+        self._up()
+
+    # --- following ---
+
+    async def _follow(self) -> None:
+        """Returns once drained."""
+        if not self._maintain_at:
+            self._maintain_at = time.monotonic() + self._maintain_s
+        while True:
+            if time.monotonic() >= self._maintain_at:
+                await self._maintain()
+            generation = self._generation
+            entries = await self._gather()
+            if not entries:
+                if self._stopping():
+                    return
+                continue
+            async with contextlib.aclosing(self._parts(entries)) as parts:
+                async for part in parts:
+                    async with self._turn:
+                        if generation != self._generation:
+                            break
+                        await self._settle(part)
+            self._oldest_ns = None
+
+    async def _gather(self) -> list[Stored]:
+        """The next entries, as many as one call takes; none where the journal is idle for a moment."""
+        try:
+            entries = await self._journal.read(
+                self._position, max_entries=MAX_ENTRIES, max_bytes=self.sink.max_bytes
+            )
+        except EntryDamaged as err:
+            await self._pass_damaged(err)
+            return []
+        if not entries:
+            self._oldest_ns = None
+            if not self._draining.is_set():
+                await self._journal.wait(self._position, WAIT_S)
+            return entries
+        self._oldest_ns = entries[0].received_at_ns
+        if self.sink.linger_s > 0:
+            await self._fill(entries)
+        return entries
+
+    async def _fill(self, entries: list[Stored]) -> None:
+        """Wait for company: until the call is full, or the oldest has waited `linger_s`."""
+        give_up_at = time.monotonic() + self.sink.linger_s
+        size = sum(len(entry.payload) for entry in entries)
+        readings = sum(entry.readings for entry in entries)
+        while not self._draining.is_set() and size < self.sink.max_bytes and readings < MAX_READINGS:
+            waited_s = (self._clock_ns() - entries[0].received_at_ns) / 1e9
+            rest_s = min(self.sink.linger_s - waited_s, give_up_at - time.monotonic())
+            if rest_s <= 0 or len(entries) >= MAX_ENTRIES:
+                return
+            if not await self._journal.wait(entries[-1].offset, min(rest_s, WAIT_S)):
+                continue
+            try:
+                more = await self._journal.read(
+                    entries[-1].offset, max_entries=MAX_ENTRIES, max_bytes=self.sink.max_bytes - size
+                )
+            except EntryDamaged:
+                return  # these first; the damaged one is met again as the first of the next
+            entries += more
+            size += sum(len(entry.payload) for entry in more)
+            readings += sum(entry.readings for entry in more)
+
+    async def _parts(self, entries: Sequence[Stored]) -> AsyncGenerator[_Part, None]:
+        """Entries as calls, each within the sink's limits; a cursor moves only over whole entries."""
+        part = _part(self._position)
+        for entry in entries:
+            for piece in _pieces(entry):
+                decoded = self._decoder.decode(piece)
+                await asyncio.sleep(0)  # one batch may take milliseconds: the doors come first
+                readings = sum(map(readings_in, decoded.records))
+                full = (
+                    len(part.records) + len(decoded.records) > self.sink.max_records
+                    or part.readings + readings > MAX_READINGS
+                    or (self._fence is not None and part.upto <= self._fence < entry.offset)
+                )
+                if full and part.sources:
+                    yield part
+                    part = _part(part.upto)
+                part.sources[entry.offset] = entry
+                part.letters += [_poisoned(self.sink.name, entry, one) for one in _joined(decoded.poison)]
+                for record in decoded.records:
+                    if len(part.records) >= self.sink.max_records:
+                        yield part
+                        part = _part(part.upto)
+                        part.sources[entry.offset] = entry
+                    await self._include(part, entry, record)
+            part.upto = entry.offset
+        if part.sources:
+            yield part
+
+    async def _include(self, part: _Part, entry: Stored, record: Record) -> None:
+        if isinstance(record, ScanRecord):
+            part.readings += len(record.values)
+            guard = self._guard
+            if guard is not None and (refused := await guard.refused(record)):
+                part.letters.append(self._letter(entry, record, guard.reason, refused))
+                part.refused_readings += len(refused)
+                kept = tuple(i for i in range(len(record.values)) if i not in set(refused))
+                if kept:
+                    part.records.append(self._without(record, refused, kept))
+                    part.origins.append(kept)
+                return
+        part.records.append(await self._completed(entry.gateway, record))
+        part.origins.append(None)
+
+    async def _completed(self, gateway: str, record: Record) -> Record:
+        """A gap also says what of it the journal holds after all."""
+        if not isinstance(record, GapRecord) or not 0 < record.gap.first <= record.gap.last:
+            return record
+        held = await self._journal.holds(gateway, record.gap.epoch, record.gap.first, record.gap.last)
+        return msgspec.structs.replace(record, held=held)
+
+    def _without(self, record: ScanRecord, refused: tuple[int, ...], kept: tuple[int, ...]) -> ScanRecord:
+        key = (record.layout_id, refused)
+        known = self._reduced.get(key)
+        if known is None:
+            if len(self._reduced) >= 1024:
+                self._reduced.clear()
+            known = self._reduced[key] = _reduced(record.layout, kept)
+        layout, identity = known
+        return msgspec.structs.replace(
+            record,
+            layout=layout,
+            layout_id=identity,
+            values=[record.values[i] for i in kept],
+            reasons={at: record.reasons[i] for at, i in enumerate(kept) if i in record.reasons},
+        )
+
+    # --- one call ---
+
+    async def _settle(self, part: _Part) -> None:
+        """Write, keep what was refused, and only then move the cursor."""
+        rejected = await self._write(part) if part.records or part.upto > self._position else ()
+        letters = list(part.letters)
+        lost = part.refused_readings
+        for rejection in rejected:
+            record, origin = part.records[rejection.index], part.origins[rejection.index]
+            points = rejection.points
+            if origin is not None:
+                points = tuple(origin[i] for i in points or range(len(origin)))
+            lost += len(points) or readings_in(record)
+            letters.append(self._letter(part.sources[record.offset], record, rejection.reason, points))
+        while letters:
+            try:
+                await self._dead_letters.add(letters)
+                break
+            except DeadLettersError as err:
+                await self._back_off(err)
+                self._end_if_draining(err)
+        if part.upto > self._position:
+            await self._journal.commit(self.sink.name, part.upto)
+            self._position = part.upto
+        self._accepted_records += len(part.records) - sum(1 for r in rejected if not r.points)
+        self._accepted_readings += part.readings - lost
+        self._rejected_records += len(letters)
+        self._rejected_readings += lost
+        if letters:
+            log.warning("sink %s: %d records to the dead letters; the last: %s",
+                        self.sink.name, len(letters), letters[-1].reason)  # fmt: skip
+
+    async def _write(self, part: _Part) -> Sequence[Rejection]:
+        refused = await self._call(part.records, part.upto)
+        if isinstance(refused, Settled):
+            return refused.rejected
+        log.info(
+            "sink %s refused %d records (%s): looking for the one", self.sink.name, len(part.records), refused
+        )
+        rejected = await self._isolate(part.records, 0, refused)
+        # The halves were written under the old offset; the new one follows.
+        await self._call((), part.upto)
+        return rejected
+
+    async def _isolate(self, records: Sequence[Record], start: int, refused: SinkRefused) -> list[Rejection]:
+        """What is refused among `records`, which were refused as a whole."""
+        if len(records) == 1:
+            self._failures += isinstance(refused, _NotTaken)
+            if self._failures > MAX_FAILURES:
+                raise SinkBroken(f"sink {self.sink.name} fails on whatever it is given: {refused}")
+            return [Rejection(start, str(refused))]
+        half = len(records) // 2
+        rejected, left_settled = await self._half(records[:half], start)
+        right, at = records[half:], start + half
+        if left_settled and len(right) > 1:
+            # Something was refused and it is not on the left: the right need not be tried as a whole.
+            return rejected + await self._isolate(right, at, refused)
+        return rejected + (await self._half(right, at))[0]
+
+    async def _half(self, records: Sequence[Record], start: int) -> tuple[list[Rejection], bool]:
+        refused = await self._call(records, self._position)
+        if isinstance(refused, Settled):
+            shifted = [msgspec.structs.replace(r, index=r.index + start) for r in refused.rejected]
+            return shifted, True
+        return await self._isolate(records, start, refused), False
+
+    async def _call(self, records: Sequence[Record], upto: int) -> Settled | SinkRefused:
+        """One write, repeated for as long as the store asks for it."""
+        while True:
+            try:
+                settled = await self.sink.write(records, upto)
+            except RetryLater as err:
+                await self._back_off(err)
+                self._end_if_draining(err)
+            except SinkRefused as err:
+                return err
+            except SinkError:
+                raise
+            except Exception as err:
+                log.exception("sink %s failed", self.sink.name)
+                return _NotTaken(f"the sink failed: {type(err).__name__}: {err}")
+            else:
+                self._up()
+                if records:
+                    self._failures = 0
+                return settled
+
+    def _letter(self, entry: Stored, record: Record, reason: str, points: Sequence[int] = ()) -> NewLetter:
+        readings = len(points) or readings_in(record)
+        try:
+            body, frames = frames_of(entry, (record.seq,))
+            kept = alone(self._decoder, entry, body, frames[record.seq], record)
+        except WireError as err:  # it decoded a moment ago; keep the whole batch rather than nothing
+            log.error("frame %d of offset %d cannot be kept alone: %s", record.seq, entry.offset, err)
+            kept = msgspec.structs.replace(entry, fresh=((record.seq, record.seq),))
+        return NewLetter(self.sink.name, kept, reason, readings, tuple(points))
+
+    async def _pass_damaged(self, err: EntryDamaged) -> None:
+        """The journal's own entry is unreadable: count it, say so, go past."""
+        log.error("sink %s: %s", self.sink.name, err)
+        lost = Stored(
+            err.offset, err.gateway, err.epoch, err.first, err.last, 0, 0, ((err.first, err.last),), b""
+        )
+        async with self._turn:
+            await self._dead_letters.add(
+                [NewLetter(self.sink.name, lost, f"damaged in the journal: {err}", 0)]
+            )
+            await self._journal.commit(self.sink.name, err.offset)
+            self._position = err.offset
+            self._rejected_records += 1
+
+    # --- replay ---
+
+    async def _replay(self, ids: Sequence[int]) -> Replayed:
+        delivered: list[int] = []
+        refused: list[tuple[int, str]] = []
+        unknown: list[int] = []
+        for letter_id in ids:
+            found = await self._dead_letters.show(letter_id)
+            if found is None or found[0].sink != self.sink.name:
+                unknown.append(letter_id)
+                continue
+            reason = await self._redeliver(found[1])
+            if reason:
+                await self._dead_letters.refused_again(letter_id, reason)
+                refused.append((letter_id, reason))
+            else:
+                await self._dead_letters.drop((letter_id,))
+                delivered.append(letter_id)
+        return Replayed(tuple(delivered), tuple(refused), tuple(unknown))
+
+    async def _redeliver(self, entry: Stored) -> str:
+        """Why it is refused again; "" where the sink has taken it."""
+        decoded = self._decoder.decode(entry)
+        if decoded.poison:
+            return decoded.poison[0].reason
+        records = [await self._completed(entry.gateway, record) for record in decoded.records]
+        for record in records:
+            if self._guard is not None and isinstance(record, ScanRecord):
+                await self._guard.admit(record)
+        for at in range(0, len(records), self.sink.max_records):
+            try:
+                settled = await self.sink.write(records[at : at + self.sink.max_records], self._position)
+            except SinkRefused as err:
+                return str(err)
+            if settled.rejected:
+                return settled.rejected[0].reason
+        return ""
+
+    # --- up and down ---
+
+    async def _maintain(self) -> None:
+        self._maintain_at = time.monotonic() + self._maintain_s
+        async with self._turn:
+            try:
+                await self.sink.maintain(self._clock_ns())
+            except (RetryLater, SinkRefused) as err:
+                self._maintain_at = time.monotonic() + min(self._maintain_s, self._broken_retry_s)
+                log.warning("sink %s: maintenance put off: %s", self.sink.name, err)
+
+    async def _back_off(self, err: Exception) -> None:
+        """Full jitter: anywhere between nothing and twice as long as the last time could have been."""
+        first = self._word != "retrying"
+        self._down("retrying", err)
+        self._tries = 0 if first else self._tries + 1
+        self._retries += 1
+        ceiling_s = min(self._retry_cap_s, self._retry_base_s * 2 ** min(self._tries, 16))
+        asked_s = err.after_s if isinstance(err, RetryLater) else None
+        await self._pause(asked_s if asked_s is not None else self._rng.uniform(0.0, ceiling_s))
+
+    def _down(self, word: Word, err: Exception) -> None:
+        self._error = str(err) or type(err).__name__
+        if self._word in ("retrying", "broken"):
+            log.debug("sink %s: %s", self.sink.name, err)
+        else:
+            self._down_since_ns = self._clock_ns()
+            log.warning("sink %s is %s: %s", self.sink.name, word, self._error)
+        self._word = word
+
+    def _up(self) -> None:
+        if self._word in ("retrying", "broken"):
+            down_s = (self._clock_ns() - self._down_since_ns) / 1e9
+            log.info("sink %s recovered after %.0f s", self.sink.name, down_s)
+        self._word = "running"
+        self._error = ""
+
+    def _stopping(self) -> bool:
+        return self._draining.is_set()
+
+    def _end_if_draining(self, err: Exception) -> None:
+        """A store that takes nothing now is not waited for at the end: the journal keeps it all."""
+        if self._draining.is_set():
+            raise err
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._draining.wait()
+
+    async def _caught_up(self) -> bool:
+        return self._position >= (await self._journal.state()).last_offset
+
+    async def _lag_s(self) -> float:
+        oldest_ns = self._oldest_ns
+        if oldest_ns is None:
+            try:
+                waiting = await self._journal.read(self._position, max_entries=1, max_bytes=1)
+            except JournalError:
+                return 0.0  # the journal's own state tells of it
+            if not waiting:
+                return 0.0
+            oldest_ns = waiting[0].received_at_ns
+        return max(0.0, (self._clock_ns() - oldest_ns) / 1e9)
+
+
+def _part(upto: int) -> _Part:
+    return _Part([], [], [], {}, 0, 0, upto)
+
+
+def _pieces(entry: Stored) -> list[Stored]:
+    """An entry whose body is large as several, by seq: what is decoded at once stays small."""
+    try:
+        raw_bytes = open_head(entry.payload)[0].raw_bytes
+    except WireError:
+        return [entry]  # it becomes poison by itself
+    pieces = -(-raw_bytes // MAX_PIECE_BYTES)
+    if pieces <= 1:
+        return [entry]
+    step = -(-(entry.last - entry.first + 1) // pieces)
+    return [
+        msgspec.structs.replace(entry, fresh=((at, min(at + step - 1, last)),))
+        for first, last in entry.fresh
+        for at in range(first, last + 1, step)
+    ]
+
+
+def _reduced(layout: Layout, kept: Sequence[int]) -> tuple[Layout, int]:
+    less = msgspec.structs.replace(
+        layout,
+        names=tuple(layout.names[i] for i in kept),
+        types=tuple(layout.types[i] for i in kept),
+        units=tuple(layout.units[i] for i in kept),
+        scales=tuple(layout.scales[i] for i in kept),
+        offsets=tuple(layout.offsets[i] for i in kept),
+    )
+    return less, layout_id(less)
+
+
+def _joined(poison: Sequence[Poison]) -> list[Poison]:
+    """Neighbours with the same reason as one."""
+    joined: list[Poison] = []
+    for one in poison:
+        if joined and joined[-1].last + 1 == one.first and joined[-1].reason == one.reason:
+            joined[-1] = msgspec.structs.replace(joined[-1], last=one.last)
+        else:
+            joined.append(one)
+    return joined
+
+
+def _poisoned(sink: str, entry: Stored, poison: Poison) -> NewLetter:
+    frames = poison.last - poison.first + 1
+    readings = entry.readings * frames // max(1, entry.last - entry.first + 1)  # the head's count, shared out
+    return NewLetter(
+        sink, msgspec.structs.replace(entry, fresh=((poison.first, poison.last),)), poison.reason, readings
+    )
