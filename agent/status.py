@@ -1,0 +1,276 @@
+"""What the agent says of itself: one document, for the state file, the heartbeat and `headgate status`.
+
+Rules: the document is a fact sheet (plain numbers, wall-clock nanoseconds); judging it is `problems`, which is pure
+and says in words what is wrong and what to do. A document of a version that is newer is read as far as it is known.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.buffer import BufferState, Condition
+from agent.health import DeviceHealth, State, duration_in_words
+from agent.state import write_atomically
+
+STATUS_NAME: Final = "status.json"
+STATUS_EVERY_S: Final = 5.0  #: how often a running agent writes it
+_SILENT_AFTER: Final = 6  #: times that long without a new one: the agent hangs
+_MB: Final = 1024 * 1024
+
+
+class RunState(enum.StrEnum):
+    """What the agent as a whole is doing."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPED = "stopped"  #: left in order
+    FAILED = "failed"  #: left because of an error of its own
+
+
+class LinkState(enum.StrEnum):
+    """The way to the cloud."""
+
+    OFF = "off"  #: uplink.kind = "none": readings stay here
+    CONNECTING = "connecting"  #: never was up in this run
+    UP = "up"
+    DOWN = "down"
+
+
+class LinkHealth(msgspec.Struct, kw_only=True):
+    """How the way to the cloud is."""
+
+    state: LinkState = LinkState.CONNECTING
+    since_ns: int = 0  #: wall clock
+    target: str = ""  #: "mqtt host:port"
+    why: str = ""
+    in_flight: int = 0
+    acked_batches: int = 0  #: in this run
+    resent_batches: int = 0
+    refused_batches: int = 0
+    ack_p50_ms: float | None = None
+    ack_p99_ms: float | None = None
+
+
+class ConfigHealth(msgspec.Struct, kw_only=True):
+    """Which configuration is in force."""
+
+    file: str = ""
+    last_known_good: bool = False  #: the file is bad, and the last good one is in force
+    errors: list[str] = []
+
+
+class AgentStatus(msgspec.Struct, kw_only=True):
+    """All of it."""
+
+    format: int = 1
+    version: str = ""
+    gateway: str = ""
+    state: RunState = RunState.STARTING
+    why: str = ""
+    pid: int = 0
+    boot_id: str = ""
+    started_ns: int = 0
+    written_ns: int = 0
+    starts: int = 1  #: of the agent, on this state folder
+    config: ConfigHealth = msgspec.field(default_factory=ConfigHealth)
+    link: LinkHealth = msgspec.field(default_factory=LinkHealth)
+    buffer: BufferState | None = None
+    devices: list[DeviceHealth] = []
+    rss_bytes: int = 0
+    cpu_s: float = 0.0
+    disk_free_bytes: int = 0
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is wrong, and what to do about it."""
+
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(AgentStatus).decode
+
+
+def encode(status: AgentStatus) -> bytes:
+    """The document as JSON."""
+    return _encode(status)
+
+
+class _Judged(msgspec.Struct, kw_only=True):
+    running: bool | None
+    problems: list[Problem]
+    status: AgentStatus
+
+
+def as_json(status: AgentStatus, found: list[Problem], *, running: bool | None) -> str:
+    """The document with its judgement, for `headgate status --json`."""
+    return msgspec.json.format(
+        _encode(_Judged(running=running, problems=found, status=status)), indent=2
+    ).decode()
+
+
+def write(folder: Path, status: AgentStatus) -> None:
+    """Replace the state file. Raises `OSError`."""
+    write_atomically(folder / STATUS_NAME, msgspec.json.format(_encode(status), indent=2) + b"\n")
+
+
+def read(folder: Path) -> AgentStatus | None:
+    """The last document written, or `None` where there is none that can be read."""
+    try:
+        return _decode((folder / STATUS_NAME).read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+# --- judging it ---
+
+
+def problems(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[Problem]:
+    """Everything that is wrong, the gravest first. `running` is whether the folder's lock is held."""
+    found = [*_run(status, running=running, now_ns=now_ns), *_config(status.config)]
+    if status.buffer is not None:
+        found += _buffer(status.buffer)
+    if running is not False:
+        found += _link(status.link, now_ns)
+        for device in status.devices:
+            found += _device(device, now_ns)
+    return found
+
+
+def _ago(then_ns: int, now_ns: int) -> str:
+    return duration_in_words((now_ns - then_ns) / 1e9)
+
+
+def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[Problem]:
+    age_s = (now_ns - status.written_ns) / 1e9
+    if running is False:
+        ago = _ago(status.written_ns, now_ns)
+        match status.state:
+            case RunState.STOPPED:
+                return [
+                    Problem(
+                        f"the agent is not running; it was stopped {ago} ago",
+                        "start it: systemctl start headgate",
+                    )
+                ]
+            case RunState.FAILED:
+                return [
+                    Problem(
+                        f"the agent is not running; it failed {ago} ago ({status.why})",
+                        "see its log: journalctl -u headgate",
+                    )
+                ]
+            case _:
+                return [
+                    Problem(
+                        f"the agent is not running; it was last seen {ago} ago and did not leave in order",
+                        "start it: systemctl start headgate, and see its log: journalctl -u headgate",
+                    )
+                ]
+    if running and age_s > _SILENT_AFTER * STATUS_EVERY_S:
+        return [
+            Problem(
+                f"the agent holds its lock but has said nothing for {duration_in_words(age_s)}",
+                f"it hangs or cannot write its state: see its log, then restart it (process {status.pid})",
+            )
+        ]
+    return []
+
+
+def _config(config: ConfigHealth) -> Sequence[Problem]:
+    if not config.last_known_good:
+        return []
+    first = config.errors[0] if config.errors else "unknown"
+    return [Problem(f"the configuration {config.file} is bad, and the last good one is in force ({first})",
+                    f"correct it (headgate config check {config.file}), then restart the agent")]  # fmt: skip
+
+
+def _buffer(buffer: BufferState) -> Sequence[Problem]:
+    found: list[Problem] = []
+    if buffer.condition is not Condition.OK:
+        found.append(Problem(f"buffer: {buffer.condition.value}", buffer.detail))
+    if buffer.parked_frames:
+        found.append(Problem(f"buffer: {buffer.parked_frames:,} frames were refused by the cloud for good",
+                             "see the cloud's log for the reason; they are kept aside"))  # fmt: skip
+    return found
+
+
+def _link(link: LinkHealth, now_ns: int) -> Sequence[Problem]:
+    if link.state in (LinkState.UP, LinkState.OFF):
+        return []
+    for_long = _ago(link.since_ns, now_ns)
+    if link.state is LinkState.CONNECTING and not link.why:
+        return [Problem(f"link: not connected to {link.target} yet, for {for_long}", "")]
+    return [Problem(f"link: no way to {link.target} for {for_long} ({link.why or 'no reason given'})",
+                    "readings are kept in the buffer meanwhile; check network, host, port and credential")]  # fmt: skip
+
+
+def _device(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
+    for_long = _ago(device.since_ns, now_ns)
+    match device.state:
+        case State.DOWN:
+            return [Problem(f"{device.name}: {device.why}, for {for_long}", device.remedy)]
+        case State.FAULT:
+            return [Problem(f"{device.name}: {device.why}, for {for_long}", device.remedy)]
+        case State.MISCONFIGURED:
+            return [
+                Problem(
+                    f"{device.name}: stopped {for_long} ago, its configuration cannot work: {device.why}",
+                    device.remedy,
+                )
+            ]
+        case State.STARTING if now_ns - device.since_ns > 30 * 10**9 and not device.period_ms:
+            return [
+                Problem(
+                    f"{device.name}: nothing heard from it for {for_long}",
+                    "check its battery, range and address",
+                )
+            ]
+        case State.STARTING if now_ns - device.since_ns > max(30 * 10**9, 3 * device.period_ms * 10**6):
+            return [Problem(f"{device.name}: not read once in {for_long}", "see the agent's log")]
+        case _:
+            return []
+
+
+def lines(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[str]:
+    """The whole status for a person."""
+    buffer, link = status.buffer, status.link
+    what = {True: "running", False: "not running", None: "cannot tell whether it runs"}[running]
+    out = [f"{status.gateway}  headgate {status.version}  {what}"]
+    if running:
+        out[0] += (
+            f" for {_ago(status.started_ns, now_ns)}, process {status.pid}, {status.rss_bytes / _MB:.0f} MB"
+        )
+    if link.state is LinkState.OFF:
+        out.append('link    off (uplink.kind = "none"): readings stay in the buffer')
+    else:
+        out.append(f"link    {link.state.value} {link.target} for {_ago(link.since_ns, now_ns)}")
+    if buffer is not None:
+        oldest = "" if buffer.oldest_age_s is None else f", oldest {duration_in_words(buffer.oldest_age_s)}"
+        out.append(
+            f"buffer  {buffer.buffered_readings:,} readings waiting{oldest}; {buffer.size_bytes / _MB:.1f} of "
+            f"{buffer.max_bytes / _MB:.0f} MB; kept {buffer.kept_readings:,}, delivered {buffer.settled_readings:,}, "
+            f"gaps {buffer.gapped_readings:,}"
+        )
+    width = max((len(d.name) for d in status.devices), default=0)
+    for device in status.devices:
+        good = "never" if device.last_good_ns is None else f"{_ago(device.last_good_ns, now_ns)} ago"
+        took = (
+            ""
+            if device.p50_ms is None
+            else f", read in {device.p50_ms:.1f} ms (p99 {device.p99_ms or 0:.1f})"
+        )
+        out.append(
+            f"device  {device.name:<{width}}  {device.state.value:<8}  last good {good}; {device.readings:,} readings, "
+            f"{device.bad_readings:,} bad, {device.overruns:,} overruns{took}"
+        )
+    return out
