@@ -1,0 +1,548 @@
+"""The poller: a schedule that neither drifts nor piles up, and faults that stay with their device."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.health import DeviceHealth, Gauge, State
+from agent.poller import DevicePoller, Plan, Schedule, phase_of
+from drivers.contract import (
+    ConfigError,
+    DeviceUnreachable,
+    Driver,
+    Point,
+    PushDriver,
+    Reason,
+    Scan,
+    Value,
+    ValueType,
+    boot_ns,
+)
+from drivers.registry import AnyDriver
+from sync.wire import Layout, Packing, ScanFrame, decode_frame, layout_id, unpack_reasons
+
+POINTS = (Point(name="a", type=ValueType.U16, valid_max=1000), Point(name="b", type=ValueType.U16))
+
+
+class Kept(msgspec.Struct):
+    """One scan, as whoever decodes the frame sees it."""
+
+    device: str
+    names: tuple[str, ...]
+    values: list[Value | None]
+    reasons: dict[int, Reason]
+    taken_at_ns: int
+
+
+class ListStore:
+    """A store that keeps all it is given in memory, decoded by the wire format itself."""
+
+    def __init__(self) -> None:
+        self.boot = 1
+        self.full = False
+        self.frames: list[bytes] = []
+        self.readings = 0
+        self.gaps: list[tuple[str, str, int, int]] = []
+        self.events: list[tuple[str, str]] = []
+        self._packings: dict[int, Packing] = {}
+
+    def register(self, layout: Layout) -> Packing:
+        return self._packings.setdefault(layout_id(layout), Packing(layout))
+
+    def append(self, frame: bytes, readings: int) -> bool:
+        if self.full:
+            return False
+        self.frames.append(frame)
+        self.readings += readings
+        return True
+
+    def record_event(self, code: str, text: str, device: str = "") -> None:
+        self.events.append((code, device))
+
+    def record_gap(
+        self, reason: str, *, device: str, scans: int, readings: int, from_boot_ns: int, to_boot_ns: int
+    ) -> None:
+        assert from_boot_ns <= to_boot_ns
+        self.gaps.append((reason, device, scans, readings))
+
+    @property
+    def kept(self) -> list[Kept]:
+        found = []
+        for data in self.frames:
+            frame = decode_frame(data)
+            assert isinstance(frame, ScanFrame)
+            packing = self._packings[frame.layout]
+            names = packing.layout.names
+            reasons = unpack_reasons(frame.reasons, len(names))
+            values = packing.unpack(frame.values, frame.texts)
+            shown = [None if not reasons.get(i, Reason.GOOD).has_value else v for i, v in enumerate(values)]
+            found.append(Kept(packing.layout.device, names, shown, reasons, frame.taken_at_ns))
+        return found
+
+
+class NoOptions(msgspec.Struct, frozen=True):
+    pass
+
+
+class Asked(Driver[NoOptions, Point]):
+    """A device whose every read is told by the test."""
+
+    options_type = NoOptions
+    point_type = Point
+
+    def __init__(self, on_read: Callable[[int], Awaitable[Scan]], name: str = "boiler") -> None:
+        super().__init__(name, NoOptions(), POINTS)
+        self.on_read = on_read
+        self.on_connect: Callable[[], Awaitable[None]] | None = None
+        self.reads = self.connects = self.closes = 0
+        self.overlaps = self._inside = 0
+
+    async def connect(self) -> None:
+        self.connects += 1
+        if self.on_connect is not None:
+            await self.on_connect()
+
+    async def read(self, points: Sequence[Point]) -> Scan:
+        self._inside += 1
+        self.overlaps += self._inside > 1
+        self.reads += 1
+        try:
+            return await self.on_read(self.reads)
+        finally:
+            self._inside -= 1
+
+    async def close(self) -> None:
+        self.closes += 1
+
+
+class Speaking(PushDriver[NoOptions, Point]):
+    options_type = NoOptions
+    point_type = Point
+
+    def __init__(self, source: Callable[[], AsyncIterator[Scan]]) -> None:
+        super().__init__("scale", NoOptions(), POINTS)
+        self.source = source
+
+    async def connect(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def scans(self) -> AsyncIterator[Scan]:
+        return self.source()
+
+
+def scan_of(*values: Value | None, reasons: dict[int, Reason] | None = None) -> Scan:
+    return Scan(boot_ns(), POINTS, values, reasons or {})
+
+
+async def good(n: int) -> Scan:
+    return scan_of(n, n)
+
+
+def poller_of(
+    driver: AnyDriver,
+    store: ListStore,
+    *,
+    period_s: float = 0.02,
+    deadline_s: float = 5.0,
+    build: Callable[[], AnyDriver] | None = None,
+) -> DevicePoller:
+    plan = Plan(
+        name=driver.name,
+        driver="fake",
+        measurement="fake",
+        tags=(),
+        points=tuple(driver.points),
+        period_s=period_s,
+        phase_s=0.0,
+        deadline_s=deadline_s,
+        build=build or (lambda: driver),
+    )
+    gauge = Gauge(DeviceHealth(name=plan.name, driver=plan.driver), time.time_ns)
+    return DevicePoller(plan, driver, store, gauge, random.Random(1))
+
+
+@contextlib.asynccontextmanager
+async def running(*pollers: DevicePoller) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(p.run(), name=f"poll[{p.plan.name}]") for p in pollers]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+async def until(holds: Callable[[], object], within_s: float = 20.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)
+
+
+# --- the schedule ---
+
+
+@settings(max_examples=300)
+@given(
+    period_ms=st.integers(20, 5000),
+    phase=st.floats(0, 1),
+    start=st.floats(0, 1e6),
+    works=st.lists(st.floats(0, 4), min_size=1, max_size=30),
+)
+def test_every_slot_is_read_once_or_counted_once(
+    period_ms: int, phase: float, start: float, works: list[float]
+) -> None:
+    period = period_ms / 1000
+    schedule = Schedule(period, phase * period)
+    schedule.start(start)
+    first = math.floor((start - schedule.phase_s) / period + 0.1)
+    now, served, skipped_all = start, 1, 0
+    for work in works:
+        now += work * period
+        when, skipped = schedule.next(now)
+        assert skipped >= 0
+        # On the grid, to what a float can tell of it.
+        slot = round((when - schedule.phase_s) / period)
+        assert abs(schedule.phase_s + slot * period - when) < 1e-6
+        # Never late by more than the grace, and no further away than that and a period.
+        assert now - 0.1 * period - 1e-6 <= when <= now + 1.1 * period + 1e-6
+        served, skipped_all = served + 1, skipped_all + skipped
+        assert slot == first + served + skipped_all - 1
+        now = max(now, when)
+
+
+def test_a_slow_read_skips_slots_and_never_catches_up() -> None:
+    schedule = Schedule(1.0, 0.0)
+    schedule.start(10.0)
+    assert schedule.next(10.2) == (11.0, 0)
+    assert schedule.next(13.5) == (14.0, 2)  # 12 and 13 passed during the read of slot 11
+    assert schedule.next(14.1) == (15.0, 0)
+
+
+def test_a_read_that_ends_a_moment_late_costs_no_slot() -> None:
+    schedule = Schedule(0.05, 0.0)
+    schedule.start(1.0)
+    when, skipped = schedule.next(1.052)
+    assert (round(when, 6), skipped) == (1.05, 0)
+
+
+def test_the_schedule_does_not_drift() -> None:
+    schedule = Schedule(0.05, 0.01)
+    schedule.start(0.0)
+    now, when = 0.0, 0.0
+    for _ in range(100_000):
+        when, skipped = schedule.next(now)
+        assert skipped == 0
+        now = when + 0.0049
+    assert when == pytest.approx(0.01 + 0.05 * 99_999, abs=0.06)
+
+
+def test_phases_spread_devices_over_the_period() -> None:
+    phases = sorted(phase_of(f"meter-{n}", 1.0) for n in range(200))
+    assert phases[0] >= 0
+    assert phases[-1] < 1
+    assert max(b - a for a, b in itertools.pairwise(phases)) < 0.1
+    assert phase_of("boiler", 1.0) == phase_of("boiler", 1.0)
+
+
+# --- a device that answers ---
+
+
+async def test_scans_are_judged_encoded_and_stored() -> None:
+    async def read(n: int) -> Scan:
+        return scan_of(1001, 7)
+
+    store = ListStore()
+    async with running(poller := poller_of(Asked(read), store)):
+        await until(lambda: len(store.frames) >= 3)
+    kept = store.kept[0]
+    assert (kept.device, kept.names, kept.values) == ("boiler", ("a", "b"), [1001, 7])
+    assert kept.reasons == {0: Reason.RANGE}
+    health = poller.gauge.told(boot_ns())
+    assert health.readings == 2 * health.scans == store.readings
+    assert health.reasons == {"RANGE": health.scans}
+    assert health.bad_readings == health.scans
+    assert health.p50_ms is not None
+    assert health.last_good_ns is not None
+
+
+async def test_a_period_of_50_ms_is_held() -> None:
+    driver, store = Asked(good), ListStore()
+    async with running(poller := poller_of(driver, store, period_s=0.05)):
+        await until(lambda: driver.reads >= 21)
+    times = [kept.taken_at_ns / 1e9 for kept in store.kept]
+    # The machine may be busy: slots may be skipped and are then counted, but the grid stays.
+    took = times[20] - times[1]
+    slots = 19 + poller.gauge.health.overruns
+    assert took == pytest.approx(slots * 0.05, abs=0.05 * (1 + poller.gauge.health.overruns))
+
+
+async def test_reads_of_one_device_never_overlap_and_overruns_are_counted() -> None:
+    async def slow(n: int) -> Scan:
+        await asyncio.sleep(0.05)
+        return scan_of(n, n)
+
+    driver, store = Asked(slow), ListStore()
+    async with running(poller := poller_of(driver, store, period_s=0.02)):
+        await until(lambda: driver.reads >= 6)
+    assert driver.overlaps == 0
+    assert poller.gauge.health.overruns >= 2 * 4
+    assert poller.gauge.health.state is State.STOPPED
+
+
+async def test_a_device_that_never_waits_lets_the_others_have_their_turn() -> None:
+    greedy, modest, store = Asked(good, "greedy"), Asked(good, "modest"), ListStore()
+    async with running(poller_of(greedy, store, period_s=0.0), poller_of(modest, store, period_s=0.02)):
+        await until(lambda: modest.reads >= 5)
+    assert greedy.reads > modest.reads
+
+
+async def test_a_value_that_does_not_fit_is_set_aside_and_the_rest_is_kept() -> None:
+    async def read(n: int) -> Scan:
+        return scan_of(5, 70_000)  # no rule looks at b; only encoding it finds out
+
+    store = ListStore()
+    async with running(poller_of(Asked(read), store)):
+        await until(lambda: store.frames)
+    assert store.kept[0].values == [5, None]
+    assert store.kept[0].reasons == {1: Reason.OVERFLOW}
+
+
+async def test_scans_the_store_refuses_are_counted_as_overruns() -> None:
+    driver, store = Asked(good), ListStore()
+    store.full = True
+    async with running(poller := poller_of(driver, store)):
+        await until(lambda: driver.reads >= 3)
+    assert poller.gauge.health.scans == 0
+    assert poller.gauge.health.overruns >= 3
+
+
+# --- a device that does not ---
+
+
+async def test_a_device_that_hangs_is_cut_off_at_its_deadline_and_connected_again() -> None:
+    async def hang_once(n: int) -> Scan:
+        if n == 2:
+            await asyncio.sleep(3600)
+        return scan_of(n, n)
+
+    driver, store = Asked(hang_once), ListStore()
+    async with running(poller := poller_of(driver, store, deadline_s=0.05)):
+        await until(lambda: driver.reads >= 4 and len(store.frames) >= 4)
+        assert poller.gauge.health.state is State.OK
+    assert driver.connects == 2
+    assert store.kept[1].values == [None, None]
+    assert store.kept[1].reasons == {0: Reason.TIMEOUT, 1: Reason.TIMEOUT}
+    assert store.kept[2].values == [3, 3]
+
+
+async def test_an_outage_is_said_once_and_its_end_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def read(n: int) -> Scan:
+        if 2 <= n <= 5:
+            raise DeviceUnreachable("connection refused", Reason.DISCONNECTED)
+        return scan_of(n, n)
+
+    driver, store = Asked(read), ListStore()
+    with caplog.at_level(logging.INFO, "headgate"):
+        async with running(poller := poller_of(driver, store)):
+            await until(lambda: driver.reads >= 7)
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
+    assert len([text for text in said if "connection refused" in text]) == 1
+    assert len([text for text in said if "answers again after" in text]) == 1
+    assert poller.gauge.health.failures == 4
+    assert driver.connects == 5
+
+
+async def test_a_failed_attempt_is_kept_as_bad_readings_at_most_once_per_second() -> None:
+    async def read(n: int) -> Scan:
+        raise DeviceUnreachable("gone", Reason.DISCONNECTED)
+
+    driver, store = Asked(read), ListStore()
+    async with running(poller_of(driver, store)):
+        await until(lambda: driver.reads >= 4)
+    times = [kept.taken_at_ns for kept in store.kept]
+    assert times
+    assert all(b - a >= 0.8e9 for a, b in itertools.pairwise(times))
+    assert all(kept.reasons == {0: Reason.DISCONNECTED, 1: Reason.DISCONNECTED} for kept in store.kept)
+
+
+async def test_retries_of_a_dead_device_stay_on_its_own_slots() -> None:
+    at: list[float] = []
+
+    async def read(n: int) -> Scan:
+        at.append(asyncio.get_running_loop().time())
+        raise DeviceUnreachable("no answer", Reason.TIMEOUT)
+
+    driver, store = Asked(read), ListStore()
+    async with running(poller_of(driver, store, period_s=0.2)):
+        await until(lambda: len(at) >= 5)
+    # The first read is at once, the others at slots: never before one, and never two in one.
+    assert all(b - a > 0.2 * 0.85 for a, b in itertools.pairwise(at[1:]))
+
+
+async def test_a_scan_without_one_value_is_a_device_that_is_down() -> None:
+    async def read(n: int) -> Scan:
+        if n < 3:
+            return scan_of(None, None, reasons={0: Reason.EXCEPTION, 1: Reason.EXCEPTION})
+        return scan_of(1, 1)
+
+    driver, store = Asked(read), ListStore()
+    async with running(poller := poller_of(driver, store, period_s=0.05)):
+        await until(lambda: driver.reads >= 2)
+        assert poller.gauge.health.state is State.DOWN
+        assert "exception" in poller.gauge.health.why
+        await until(lambda: poller.gauge.health.state is State.OK)
+    assert driver.connects == 1
+
+
+async def test_a_device_down_does_not_slow_its_neighbour() -> None:
+    async def hang(n: int) -> Scan:
+        await asyncio.sleep(3600)
+        return scan_of(0, 0)
+
+    dead, alive, store = Asked(hang, "dead"), Asked(good, "alive"), ListStore()
+    async with running(
+        poller_of(dead, store, deadline_s=0.1), poller := poller_of(alive, store, period_s=0.05)
+    ):
+        await until(lambda: alive.reads >= 20)
+    took = [k.taken_at_ns for k in store.kept if k.device == "alive"]
+    assert (took[-1] - took[1]) / 1e9 == pytest.approx(
+        0.05 * (len(took) - 2 + poller.gauge.health.overruns), abs=0.1
+    )
+
+
+# --- a driver that fails by itself ---
+
+
+async def test_a_failing_driver_is_built_anew_and_the_others_never_notice() -> None:
+    async def fail(n: int) -> Scan:
+        raise ZeroDivisionError("division by zero")
+
+    first, second, neighbour = Asked(fail), Asked(good), Asked(good, "neighbour")
+    store = ListStore()
+    poller = poller_of(first, store, build=lambda: second)
+    async with running(poller, poller_of(neighbour, store)):
+        await until(lambda: poller.gauge.health.state is State.OK)
+    assert first.closes == 1
+    assert poller.gauge.health.restarts == 1
+    assert ("driver-fault", "boiler") in store.events
+    mine = [k for k in store.kept if k.device == "boiler"]
+    assert mine[0].reasons == {0: Reason.DRIVER, 1: Reason.DRIVER}
+    assert mine[1].values == [1, 1]
+    assert neighbour.closes == 1
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Scan(1, POINTS, (1,)),
+        Scan(1, POINTS[:1], (1,)),
+        Scan(1, tuple(reversed(POINTS)), (1, 2)),
+        asyncio.CancelledError("by itself"),
+        TimeoutError("its own"),
+        KeyError("x"),
+    ],
+    ids=["too-few-values", "too-few-points", "other-order", "cancelled", "timeout", "key"],
+)
+async def test_whatever_a_driver_does_wrong_stays_with_its_device(outcome: Scan | BaseException) -> None:
+    async def wrong(n: int) -> Scan:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    store = ListStore()
+    second = Asked(good)
+    poller = poller_of(Asked(wrong), store, build=lambda: second)
+    async with running(poller):
+        await until(lambda: second.reads >= 2)
+    assert store.kept[0].reasons == {0: Reason.DRIVER, 1: Reason.DRIVER}
+    assert all(kept.values[0] == n for n, kept in enumerate(store.kept[1:], start=1))
+
+
+async def test_a_driver_that_cannot_even_close_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    driver, store = Asked(good), ListStore()
+
+    async def fail() -> None:
+        raise OSError("no such device")
+
+    driver.close = fail  # type: ignore[method-assign]
+    async with running(poller_of(driver, store)):
+        await until(lambda: driver.reads >= 1)
+    assert "failed to close" in caplog.text
+
+
+async def test_a_configuration_that_cannot_work_stops_the_device_and_says_what_to_change() -> None:
+    async def refuse() -> None:
+        raise ConfigError("unit 300: give 0 to 247")
+
+    driver, other, store = Asked(good), Asked(good, "other"), ListStore()
+    driver.on_connect = refuse
+    poller = poller_of(driver, store)
+    async with running(poller, poller_of(other, store)):
+        await until(lambda: poller.gauge.health.state is State.MISCONFIGURED)
+        await until(lambda: other.reads >= 3)
+    assert driver.connects == 1
+    assert driver.closes == 1
+    assert "give 0 to 247" in poller.gauge.health.why
+    assert poller.gauge.health.state is State.MISCONFIGURED
+    assert ("misconfigured", "boiler") in store.events
+
+
+# --- a device that speaks by itself ---
+
+
+async def test_what_a_device_says_is_kept_as_it_comes() -> None:
+    async def source() -> AsyncIterator[Scan]:
+        yield scan_of(1, 2)
+        yield Scan(boot_ns(), (POINTS[1],), (3,))
+        await asyncio.sleep(3600)
+
+    store = ListStore()
+    async with running(poller_of(Speaking(source), store)):
+        await until(lambda: len(store.frames) >= 2)
+    assert [(k.names, k.values) for k in store.kept] == [(("a", "b"), [1, 2]), (("b",), [3])]
+
+
+async def test_what_a_full_queue_dropped_becomes_a_gap() -> None:
+    async def source() -> AsyncIterator[Scan]:
+        yield scan_of(1, 2)
+        driver.overruns += 5
+        yield scan_of(3, 4)
+        await asyncio.sleep(3600)
+
+    driver, store = Speaking(source), ListStore()
+    async with running(poller := poller_of(driver, store)):
+        await until(lambda: len(store.frames) >= 2 and store.gaps)
+    assert store.gaps == [("overrun", "scale", 5, 10)]
+    assert poller.gauge.health.overruns == 5
+
+
+async def test_a_source_that_ends_or_breaks_is_started_again() -> None:
+    async def ends() -> AsyncIterator[Scan]:
+        yield scan_of(1, 2)
+
+    async def breaks() -> AsyncIterator[Scan]:
+        yield scan_of(3, 4)
+        raise DeviceUnreachable("cable pulled", Reason.DISCONNECTED)
+
+    async def goes_on() -> AsyncIterator[Scan]:
+        yield scan_of(5, 6)
+        await asyncio.sleep(3600)
+
+    drivers = iter([Speaking(breaks), Speaking(goes_on)])
+    store = ListStore()
+    poller = poller_of(Speaking(ends), store, build=lambda: next(drivers))
+    async with running(poller):
+        await until(lambda: poller.gauge.health.restarts == 1 and poller.gauge.health.failures >= 2)
+    assert [1, 2] in [kept.values for kept in store.kept]
+    assert [3, 4] in [kept.values for kept in store.kept]
