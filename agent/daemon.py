@@ -27,15 +27,15 @@ from typing import Any, Final
 
 from agent import status as status_file
 from agent.buffer import Buffer, Condition
-from agent.buffer import BufferError as BufferUnusable
+from agent.buffer import BufferUnusable as BufferUnusable
 from agent.clock import SystemClock
 from agent.configuration import Loaded, save_last_good
 from agent.devices import all_points
-from agent.health import DeviceHealth, Gauge
+from agent.health import DeviceHealth, Gauge, State
 from agent.poller import DevicePoller
 from agent.state import StateDirError, StateLock
 from agent.status import STATUS_EVERY_S, AgentStatus, LinkHealth, LinkState, RunState
-from drivers.contract import boot_ns
+from drivers.contract import ConfigError, boot_ns
 from sync.identity import GatewayName
 
 log = logging.getLogger("headgate.agent")
@@ -203,7 +203,11 @@ class Daemon:
                 health.restore(self._before[plan.name])
             gauge = Gauge(health, time.time_ns)
             self._gauges.append(gauge)
-            pollers.append(DevicePoller(plan, made.driver, buffer, gauge, rng))
+            try:
+                pollers.append(DevicePoller(plan, made.driver, buffer, gauge, rng))
+            except ConfigError as err:
+                gauge.enter(State.MISCONFIGURED, str(err))
+                log.error("%s: not started: %s", plan.name, err)
         return pollers
 
     def _link_tasks(self, group: asyncio.TaskGroup, buffer: Buffer) -> list[asyncio.Task[None]]:

@@ -40,7 +40,7 @@ from drivers.contract import (
     boot_ns,
 )
 from drivers.registry import AnyDriver
-from sync.wire import Layout, Packing, encode_scan, layout_of
+from sync.wire import Layout, Packing, WireError, encode_scan, layout_of
 
 log = logging.getLogger("headgate.poller")
 
@@ -132,7 +132,8 @@ class DevicePoller:
     """One device's task. `run` returns only where the configuration stops the device; else it is cancelled."""
 
     def __init__(self, plan: Plan, driver: AnyDriver, store: Store, gauge: Gauge, rng: random.Random) -> None:
-        """`driver` is the first one, already built. Raises `ConfigError` for rules that cannot be judged."""
+        """`driver` is the first one, already built. Raises `ConfigError` for rules that cannot be judged,
+        and for more points than can travel together."""
         self.plan = plan
         self.gauge = gauge
         self._driver = driver
@@ -303,7 +304,12 @@ class DevicePoller:
 
     def _register(self, points: tuple[Point, ...]) -> Packing:
         plan = self.plan
-        return self._store.register(layout_of(plan.name, plan.driver, plan.measurement, points, plan.tags))
+        try:
+            return self._store.register(
+                layout_of(plan.name, plan.driver, plan.measurement, points, plan.tags)
+            )
+        except WireError as err:
+            raise ConfigError(str(err)) from err
 
     def _keep_bad(self, reason: Reason) -> None:
         """A failed attempt as readings: every point bad with the reason, at most once per period."""
