@@ -18,16 +18,56 @@ All methods are called from the event loop's thread.
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import logging
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final, TypeVar
 
 import msgspec
+import zstandard
 
-from agent.clock import Clock
+from agent.clock import Clock, ClockReading, ClockWatch
+from agent.store import (
+    Batch,
+    Group,
+    Limits,
+    Range,
+    Recorded,
+    Store,
+    StoreError,
+    StoreRefusing,
+    StoreUnusable,
+    frame_head,
+)
 from config.agent import Buffer as BufferSettings
 from sync.identity import GatewayName
-from sync.wire import Ack, Layout, Packing, Sealed
+from sync.wire import (
+    Ack,
+    EventFrame,
+    GapFrame,
+    Layout,
+    Packing,
+    WireError,
+    encode_frame,
+    layout_id,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_FRAME_BYTES: Final = (
+    96 * 1024
+)  #: with its layout it then fits a batch of 256 KiB, however badly it compresses
+MAX_LAYOUT_BYTES: Final = 128 * 1024  #: compressed
+LOW_LATENCY_S: Final = 0.1
+_ROW_BYTES: Final = 16  #: what a frame costs beside its bytes
+_RETRY_S: Final = 1.0  #: how soon a disk that refused is asked again
+_MIB: Final = 2**20
 
 
 class Condition(enum.StrEnum):
@@ -73,69 +113,385 @@ class BufferState(msgspec.Struct, frozen=True):
         return self.kept_readings - self.settled_readings - self.gapped_readings
 
 
-class BufferError(Exception):
+class BufferUnusable(Exception):
     """The buffer cannot be opened at all (its folder is missing or another agent uses it); a human is told what to do.
     A damaged file is not such a case: it is set aside and a fresh one opened."""
 
 
+class _Loss(msgspec.Struct):
+    """Scans lost in front of the buffer, not yet told."""
+
+    scans: int
+    readings: int
+    from_boot_ns: int
+    to_boot_ns: int
+
+
 class Buffer:
-    """The gateway's buffer. `async with await Buffer.open(...)`, or `open` ... `close`."""
+    """The gateway's buffer: `open`, then `run` as a task, at the end `close`."""
 
     boot: int  #: this boot's number, for `sync.wire.encode_scan`
+    on_live: Callable[[Sequence[Batch]], None] | None  #: called on the loop with the batches a commit has cut
+    live_room: (
+        int  #: how many batches the next commit may cut for the live lane; 0 leaves its frames to the backlog
+    )
 
     @classmethod
     async def open(cls, path: Path, gateway: GatewayName, settings: BufferSettings, clock: Clock) -> Buffer:
-        """Open or make the buffer file. Damage sets the file aside; raises `BufferError` only where no file at all
+        """Open or make the buffer file. Damage sets the file aside; raises `BufferUnusable` only where no file at all
         can be had or another agent holds it. `run` must be started for commits to happen."""
-        raise NotImplementedError
+        limits = Limits(
+            max_bytes=settings.max_mb * _MIB,
+            free_disk_bytes=settings.free_disk_mb * _MIB,
+            ballast_bytes=settings.ballast_kb * 1024,
+            max_age_ns=int(settings.max_age_days * 86_400e9),
+            quick_check_s=settings.quick_check_s,
+        )
+        store = Store(path, str(gateway), limits, clock)
+        buffer = cls(store, limits, settings, clock)
+        try:
+            await buffer._job(store.open)
+        except StoreUnusable as err:
+            buffer._thread.shutdown(wait=False)
+            raise BufferUnusable(str(err)) from err
+        buffer.boot = store.ledger.boot
+        buffer._look()
+        return buffer
+
+    def __init__(self, store: Store, limits: Limits, settings: BufferSettings, clock: Clock) -> None:
+        """Use `open`."""
+        self.boot = 0
+        self.on_live = None
+        self.live_room = 0
+        self._store = store
+        self._limits = limits
+        self._clock = clock
+        self._watch = ClockWatch()
+        self._thread = ThreadPoolExecutor(1, "buffer")
+        self._loop = asyncio.get_running_loop()
+        self._interval_s = LOW_LATENCY_S if settings.low_latency else settings.commit_interval_s
+        self._commit_bytes = min(settings.commit_max_kb * 1024, limits.group_bytes)
+        self._packings: dict[int, Packing] = {}
+        self._layouts: list[Layout] = []  #: registered, not yet stored
+        self._frames: list[bytes] = []
+        self._readings: list[int] = []
+        self._bytes = 0
+        self._losses: dict[tuple[str, str], _Loss] = {}  #: by device and reason
+        self._settled: list[Range] = []
+        self._stuck: Group | None = None  #: a group that the disk refused: offered again before any other
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._committing: asyncio.Future[bool] | None = None
+        self._closed = False
+        self._condition = Condition.OK
+        self._detail = ""
+        self._overrun_scans = self._overrun_readings = 0
+        self._commits = 0
+        self._commit_s = self._commit_max_s = 0.0
+        self._size_bytes = 0
 
     # --- for the poller ---
 
     def register(self, layout: Layout) -> Packing:
         """The compiled layout for `encode_scan`. It is stored before the first frame that names it. Cheap when
-        called again with an equal layout."""
-        raise NotImplementedError
+        called again with an equal layout. Raises `WireError` where it is too large to travel."""
+        key = layout_id(layout)
+        packing = self._packings.get(key)
+        if packing is None:
+            packing = Packing(layout)
+            size = len(zstandard.compress(msgspec.msgpack.encode(layout)))
+            if size > MAX_LAYOUT_BYTES:
+                raise WireError("layout", f"device {layout.device!r}: its points' names and units take {size} bytes;"
+                                f" the limit is {MAX_LAYOUT_BYTES}: split the device in two")  # fmt: skip
+            self._packings[key] = packing
+            self._layouts.append(layout)
+        return packing
 
     def append(self, frame: bytes, readings: int) -> bool:
         """Put one encoded frame into the pending group. False: it did not fit and is lost, already counted as an
         overrun here (`overrun_scans`, and a gap record goes to the cloud); count it in the device's health too."""
-        raise NotImplementedError
+        size = len(frame) + _ROW_BYTES
+        if self._bytes + size > self._limits.group_bytes or size > MAX_FRAME_BYTES or self._closed:
+            self._refuse(frame, readings)
+            return False
+        self._frames.append(frame)
+        self._readings.append(readings)
+        self._bytes += size
+        if self._timer is None:
+            self._arm()
+        if self._bytes >= self._commit_bytes:
+            self._wake.set()
+        return True
+
+    def _refuse(self, frame: bytes, readings: int) -> None:
+        self._overrun_scans += 1
+        self._overrun_readings += readings
+        reason = "oversized" if len(frame) > MAX_FRAME_BYTES - _ROW_BYTES else "overrun"
+        head = frame_head(frame)
+        layout, taken_at_ns = getattr(head, "layout", 0), getattr(head, "taken_at_ns", self._clock.boot_ns())
+        packing = self._packings.get(layout)
+        self.record_gap(
+            reason,
+            device=packing.layout.device if packing else "",
+            scans=1,
+            readings=readings,
+            from_boot_ns=taken_at_ns,
+            to_boot_ns=taken_at_ns,
+        )
 
     def record_event(self, code: str, text: str, device: str = "") -> None:
         """Keep something worth telling that is not a reading (a start, a driver that failed)."""
-        raise NotImplementedError
+        self.append(encode_frame(EventFrame(self.boot, self._clock.boot_ns(), code, text[:2000], device)), 0)
 
     def record_gap(
         self, reason: str, *, device: str, scans: int, readings: int, from_boot_ns: int, to_boot_ns: int
     ) -> None:
         """Report scans lost in front of the buffer (a full push queue). Neighbours of one device and reason within
         one group become one record."""
-        raise NotImplementedError
+        loss = self._losses.get((device, reason))
+        if loss is None:
+            self._losses[device, reason] = _Loss(scans, readings, from_boot_ns, to_boot_ns)
+        else:
+            loss.scans += scans
+            loss.readings += readings
+            loss.from_boot_ns = min(loss.from_boot_ns, from_boot_ns)
+            loss.to_boot_ns = max(loss.to_boot_ns, to_boot_ns)
+        if self._timer is None:
+            self._arm()
 
     # --- for the daemon ---
 
     @property
     def state(self) -> BufferState:
         """As of the last commit, with the pending group as it is now. Costs nothing to ask."""
-        raise NotImplementedError
+        led, stuck = self._store.ledger, self._stuck
+        return BufferState(
+            condition=self._condition,
+            detail=self._detail,
+            epoch=led.epoch,
+            next_seq=led.next_seq,
+            boot=led.boot,
+            kept_frames=led.kept_frames,
+            kept_readings=led.kept_readings,
+            settled_frames=led.settled_frames,
+            settled_readings=led.settled_readings,
+            gapped_frames=led.gapped_frames,
+            gapped_readings=led.gapped_readings,
+            pending_frames=len(self._frames) + (len(stuck.frames) if stuck else 0),
+            pending_readings=sum(self._readings) + (sum(stuck.readings) if stuck else 0),
+            overrun_scans=self._overrun_scans,
+            overrun_readings=self._overrun_readings,
+            parked_frames=self._store.parked,
+            size_bytes=self._size_bytes,
+            max_bytes=self._limits.max_bytes,
+            oldest_age_s=self._store.oldest_age_s(self._clock.read()),
+            commits=self._commits,
+            commit_s=self._commit_s,
+            commit_max_s=self._commit_max_s,
+        )
 
     async def run(self) -> None:
         """Commit on time, for ever: one task of the daemon. Survives a disk that refuses."""
-        raise NotImplementedError
+        while True:
+            await self._wake.wait()
+            if not await self.commit():
+                self._wake.clear()
+                self._timer = self._loop.call_later(_RETRY_S, self._wake.set)
 
     async def commit(self) -> bool:
         """Commit the pending group now. False where the disk refused (the group is still pending)."""
-        raise NotImplementedError
+        while self._committing is not None:
+            await asyncio.shield(self._committing)
+        while not self._closed:
+            had_stuck = self._stuck is not None
+            if not await asyncio.shield(self._start_commit()):
+                return False
+            if not had_stuck:
+                break
+        return True
 
     async def close(self) -> None:
         """Commit, apply the acks that came, checkpoint, let go. Never raises; safe to call twice."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        if not await self.commit():
+            log.warning("the buffer could not be committed at the end: %s", self._detail)
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._job(self._store.close)
+        self._look()
+        self._thread.shutdown(wait=False)
 
     # --- for the forwarder ---
 
-    on_live: Callable[[Sequence[Sealed]], None] | None  #: called on the loop with the batches a commit has cut
-    live_room: int  #: how many batches the next commit may cut for the live lane; 0 leaves its frames to the backlog
+    @property
+    def epoch(self) -> int:
+        return self._store.ledger.epoch
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether committed frames are in no batch yet."""
+        return self._store.ledger.loose_frames > 0
+
+    def recorded(self) -> list[Recorded]:
+        """Batches whose bounds are fixed and that no ack has settled, oldest first: after a restart, or when the way
+        comes back, all of them are sent again (`rebuild`)."""
+        return self._store.recorded()
+
+    async def claim(self, count: int) -> list[Batch]:
+        """Cut up to `count` batches of the oldest frames that are in none. Empty where there are none, or where the
+        disk refuses to record them."""
+        settled, self._settled = self._settled, []
+        try:
+            batches = await self._job(lambda: self._store.claim(count, settled))
+        except StoreError as err:
+            self._settled = settled + self._settled
+            self._arm()
+            log.debug("nothing claimed: %s", err)
+            return []
+        finally:
+            self._look()
+        return batches
+
+    async def rebuild(self, first: int, last: int) -> list[Batch]:
+        """The same bytes again for a recorded batch; narrower ones where rows have gone bad; empty where settled."""
+        return await self._sent_again(lambda: self._store.rebuild(first, last))
+
+    async def split(self, first: int, last: int) -> list[Batch]:
+        """Two narrower batches of the same frames, recorded as such, in place of one that was refused."""
+        return await self._sent_again(lambda: self._store.split(first, last))
+
+    async def _sent_again(self, job: Callable[[], list[Batch]]) -> list[Batch]:
+        try:
+            return await self._job(job)
+        except StoreError as err:
+            log.warning("the buffer cannot be read now: %s", err)
+            return []
+
+    async def park(self, seq: int, code: str, reason: str) -> bool:
+        """Take one frame out of the way for good, with the reason that the cloud gave: it stays in the table
+        `parked`, a gap record says so to the cloud. False where the disk refused."""
+        try:
+            readings = await self._job(lambda: self._store.park(seq, code, reason))
+        except StoreError as err:
+            log.warning("frame %d cannot be parked now: %s", seq, err)
+            return False
+        self._look()
+        self.record_event("frame_refused", f"frame {seq} ({readings} readings) was refused: {code}: {reason}")
+        return True
 
     def settle(self, ack: Ack) -> None:
         """The cloud has these ranges: forget them, with the next transaction."""
-        raise NotImplementedError
+        if ack.epoch == self._store.ledger.epoch:
+            self._settled.extend(ack.ranges)
+            if self._timer is None:
+                self._arm()
+
+    # --- within ---
+
+    def _arm(self) -> None:
+        """Commit at most one interval from now: what the first frame of a group waits is the published loss window."""
+        if not self._closed and self._timer is None:
+            self._timer = self._loop.call_later(self._interval_s, self._wake.set)
+
+    def _job(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """One job on the writer's thread. The caller may be cancelled, the job never is."""
+        return asyncio.shield(self._loop.run_in_executor(self._thread, work))
+
+    def _take(self) -> Group:
+        """The pending group, with what is to be told before its frames."""
+        losses, self._losses = self._losses, {}
+        for (device, reason), loss in losses.items():
+            gap = GapFrame(self.epoch, 0, 0, loss.scans, loss.readings, reason, device, self.boot,
+                           loss.from_boot_ns, loss.to_boot_ns)  # fmt: skip
+            self._put(encode_frame(gap))
+        clocks: list[ClockReading] = []
+        due = self._watch.look(self._clock.read())
+        if due is not None and due.why != "start":  # the store wrote the first row itself
+            clocks.append(due.reading)
+            if due.step_ns:
+                text = f"the wall clock was set by {due.step_ns / 1e9:+.3f} s"
+                log.warning("%s; readings keep their order and their boot time", text)
+                self._put(encode_frame(EventFrame(self.boot, due.reading.boot_ns, "clock_step", text)))
+        events, self._store.events = self._store.events, []
+        for code, text in events:
+            self._put(encode_frame(EventFrame(self.boot, self._clock.boot_ns(), code, text)))
+        group = Group(self._frames, self._readings, self._layouts, clocks, self._bytes)
+        self._frames, self._readings, self._layouts, self._bytes = [], [], [], 0
+        return group
+
+    def _put(self, frame: bytes) -> None:
+        """A frame of our own: it always fits."""
+        self._frames.append(frame)
+        self._readings.append(0)
+        self._bytes += len(frame) + _ROW_BYTES
+
+    def _start_commit(self) -> asyncio.Future[bool]:
+        """Hand the stuck or else the pending group to the writer; the future says whether it is kept."""
+        self._wake.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        done: asyncio.Future[bool] = self._loop.create_future()
+        group = self._stuck or self._take()
+        self._stuck = None
+        settled, self._settled = self._settled, []
+        if group.empty and not settled:
+            done.set_result(True)
+            return done
+        room = self.live_room if self.on_live is not None else 0
+        started_s = time.monotonic()
+        job = self._loop.run_in_executor(self._thread, self._store.commit, group, settled, room)
+        self._committing = done
+
+        def ended(job: asyncio.Future[list[Batch]]) -> None:
+            self._committing = None
+            error = job.exception()
+            if error is None:
+                self._commits += 1
+                self._commit_s = time.monotonic() - started_s
+                self._commit_max_s = max(self._commit_max_s, self._commit_s)
+                self._well()
+                if self.on_live is not None and group.frames:
+                    self.on_live(job.result())
+                done.set_result(True)
+            else:
+                if not group.empty:
+                    self._stuck = group
+                self._settled = settled + self._settled
+                self._unwell(error)
+                if isinstance(error, StoreRefusing):
+                    done.set_result(False)
+                else:
+                    done.set_exception(error)
+
+        job.add_done_callback(ended)
+        return done
+
+    def _well(self) -> None:
+        self._look()
+        if self._condition is Condition.HOLDING:
+            log.info("the buffer takes readings again")
+        evicting = self._store.evicting
+        if evicting and self._condition is not Condition.EVICTING:
+            log.warning(
+                "the buffer is at its cap: the oldest readings are being dropped, and reported as gaps"
+            )
+        self._condition = Condition.EVICTING if evicting else Condition.OK
+        self._detail = (
+            "at its cap or at the free-disk floor: the oldest readings are dropped; raise buffer.max_mb, free some"
+            " space, or see why the link is down"
+            if evicting
+            else ""
+        )
+
+    def _unwell(self, error: BaseException) -> None:
+        self._look()
+        if self._condition is not Condition.HOLDING:
+            log.error("the buffer holds new readings in memory: %s", error)
+        self._condition = Condition.HOLDING
+        self._detail = str(error)
+
+    def _look(self) -> None:
+        self._size_bytes = self._store.size_bytes()

@@ -10,9 +10,10 @@ guess from the date. `ClockWatch` is pure: it is given readings of the clocks an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import ctypes.util
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -69,11 +70,10 @@ class SystemClock:
             self.boot_id = _BOOT_ID.read_text().strip()
         except OSError:  # no /proc: this run counts as a boot of its own
             self.boot_id = f"run-{time.time_ns():x}"
-        try:
-            self._adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
-        except (OSError, AttributeError):
-            self._adjtimex = None
         self._timex = _Timex()
+        self._adjtimex: Callable[[object], int] | None = None
+        with contextlib.suppress(OSError, AttributeError):  # a libc without it: never synchronized, then
+            self._adjtimex = ctypes.CDLL(None, use_errno=True).adjtimex
 
     def boot_ns(self) -> int:
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

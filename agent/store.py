@@ -1,0 +1,1205 @@
+"""The buffer's file: every statement that touches it, and the arithmetic of what it holds. Synchronous; one thread.
+
+`agent/buffer.py` is what the rest of the agent sees. Here each public method is one transaction (or none), so that
+a power cut finds either all of it or nothing.
+
+Rules:
+1. WAL, `synchronous=FULL`. One connection writes, checkpoints and reads; no mmap.
+2. kept = settled + gapped + held, in frames and readings, after every transaction.
+3. A frame belongs to at most one recorded batch; a recorded batch has no holes and is recorded before it is sealed.
+4. Eviction takes the oldest frames that are in no recorded batch: what may already have been sent is never evicted, so
+   a gap never counts what the cloud has. What it takes is reported by a gap frame in the same transaction.
+5. Every row's CRC is checked when it is read to be sent; a row that fails becomes a gap, never a batch.
+6. A damaged file is renamed, never deleted, and a fresh one with a new epoch takes its place.
+
+Errors, by who acts::
+
+    StoreError
+    ├── StoreRefusing   the disk refuses (full, read-only, I/O error): keep the group in memory, try again later
+    └── StoreUnusable   no file can be had at all: a human is told what to change
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import msgspec
+import zstandard
+
+from agent.clock import Clock, ClockReading
+from sync.wire import (
+    MAX_EPOCH,
+    MAX_FRAMES,
+    ZSTD_LEVEL,
+    ClockRow,
+    EventFrame,
+    GapFrame,
+    Layout,
+    Sealed,
+    WireError,
+    encode_frame,
+    layout_id,
+    seal,
+)
+
+log = logging.getLogger(__name__)
+
+Range: TypeAlias = tuple[int, int]
+"""A closed range of seqs."""
+
+SCHEMA_VERSION: Final = 1
+PAGE_BYTES: Final = 4096  #: a flash sector: a page torn by a power cut then harms no neighbour
+BATCH_BYTES: Final = 240 * 1024  #: frames and layouts of one batch, so that it fits 256 KiB even uncompressed
+_FRAME_OVERHEAD: Final = 16  #: of a row in its page, and of a frame in a batch
+_COMMIT_PAGES: Final = 9  #: pages that a small commit writes beside its frames (measured: bench_buffer.py)
+_EVICT_SLACK: Final = 100  #: evict 1/100 of the cap beyond what is needed, so that not every commit has to
+_EVICT_STEP_BYTES: Final = 2**20  #: evict in steps of this, which bounds the memory it takes
+_VACUUM_LIVE_PAGES: Final = (
+    1024  #: shrink the file only while what it holds is small: 4 MiB cost nothing to copy
+)
+_VACUUM_FREE_PAGES: Final = 2048
+_MARK_NS: Final = 3600 * 10**9  #: clock rows older than this one are thinned to one an hour
+_PARKED_MAX: Final = 200  #: parked frames kept for a look; the oldest go first, they were reported long ago
+
+_GAP_TAG: Final = b"\x01"  #: the second byte of a gap frame (sync.wire: array, then the kind)
+
+
+class StoreError(Exception):
+    """The root."""
+
+
+class StoreRefusing(StoreError):
+    """The disk refuses writes; the text says how and what helps."""
+
+
+class StoreUnusable(StoreError):
+    """There is no file to work with; the text says what to change."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    max_bytes: int  #: file and WAL
+    free_disk_bytes: int = 0
+    ballast_bytes: int = 0
+    max_age_ns: int = 0  #: 0: no limit
+    quick_check_s: float = 5.0
+
+    @property
+    def wal_bytes(self) -> int:
+        """Checkpoint when the WAL may have grown to this: 4 MiB, less under a small cap."""
+        return max(16 * PAGE_BYTES, min(4 * 2**20, self.max_bytes // 8))
+
+    @property
+    def group_bytes(self) -> int:
+        """The largest group that one commit may hold; its WAL comes on top of the threshold."""
+        return max(64 * 1024, min(8 * 2**20, self.max_bytes // 8))
+
+    @property
+    def file_bytes(self) -> int:
+        return max(32 * PAGE_BYTES, self.max_bytes - self.wal_bytes - 2 * self.group_bytes)
+
+
+class Group(msgspec.Struct):
+    """What one commit adds."""
+
+    frames: list[bytes]
+    readings: list[int]
+    layouts: list[Layout] = []
+    clocks: list[ClockReading] = []
+    size_bytes: int = 0
+
+    @property
+    def empty(self) -> bool:
+        return not (self.frames or self.layouts or self.clocks)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """A recorded batch with its bytes."""
+
+    sealed: Sealed
+    readings: int
+
+
+class Recorded(msgspec.Struct, frozen=True, gc=False):
+    """The bounds of a batch, as recorded before it was first sent."""
+
+    first: int
+    last: int
+    readings: int
+    size_bytes: int
+    clocks: bytes
+
+    @property
+    def frames(self) -> int:
+        return self.last - self.first + 1
+
+
+class Ledger:
+    """The running totals and the recorded batches: changed on a copy, which replaces it when the transaction holds."""
+
+    __slots__ = (
+        "boot", "epoch", "gapped_frames", "gapped_readings", "kept_frames", "kept_readings", "next_seq", "recorded",
+        "settled_frames", "settled_readings",
+    )  # fmt: skip
+
+    def __init__(self, epoch: int, boot: int) -> None:
+        self.epoch = epoch
+        self.next_seq = 1
+        self.boot = boot
+        self.kept_frames = self.kept_readings = 0
+        self.settled_frames = self.settled_readings = 0
+        self.gapped_frames = self.gapped_readings = 0
+        self.recorded: dict[int, Recorded] = {}
+
+    def copy(self) -> Ledger:
+        other = Ledger.__new__(Ledger)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.recorded = dict(self.recorded)
+        return other
+
+    @property
+    def held_frames(self) -> int:
+        return self.kept_frames - self.settled_frames - self.gapped_frames
+
+    @property
+    def held_readings(self) -> int:
+        return self.kept_readings - self.settled_readings - self.gapped_readings
+
+    @property
+    def loose_frames(self) -> int:
+        """Held frames that are in no recorded batch: the backlog."""
+        return self.held_frames - sum(r.frames for r in self.recorded.values())
+
+
+class _ScanHead(msgspec.Struct, array_like=True, tag=0, gc=False):
+    """The front of a `ScanFrame`; the decoder skips the values behind it."""
+
+    layout: int
+    boot: int
+    taken_at_ns: int
+
+
+Head: TypeAlias = _ScanHead | GapFrame | EventFrame
+
+_decode_head: Callable[[bytes], Head] = msgspec.msgpack.Decoder(_ScanHead | GapFrame | EventFrame).decode
+_encode = msgspec.msgpack.Encoder().encode
+_decode_clocks = msgspec.msgpack.Decoder(tuple[ClockRow, ...]).decode
+_decode_layout = msgspec.msgpack.Decoder(Layout).decode
+
+
+def frame_head(frame: bytes) -> Head | None:
+    """What a frame says of itself, without its values. None for a kind that this version does not know."""
+    try:
+        return _decode_head(frame)
+    except msgspec.DecodeError:
+        return None
+
+
+def row_crc(seq: int, readings: int, data: bytes) -> int:
+    """Covers the row's numbers too: any single flipped bit of them changes the start value."""
+    return zlib.crc32(data, (seq + readings) & 0xFFFFFFFF)
+
+
+def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Cut consecutive frames of these sizes into the fewest runs of at most `most` bytes and `MAX_FRAMES` frames, of
+    about equal size; each as (start, end). A frame larger than `most` is a run of its own."""
+    target = sum(sizes) / max(1, -(-sum(sizes) // most))
+    runs: list[tuple[int, int]] = []
+    start = size = 0
+    for i, one in enumerate(sizes):
+        if i > start and (size + one > most or size >= target or i - start >= MAX_FRAMES):
+            runs.append((start, i))
+            start, size = i, 0
+        size += one
+    if start < len(sizes):
+        runs.append((start, len(sizes)))
+    return runs
+
+
+def without(whole: Range, ranges: Iterable[Range]) -> list[Range]:
+    """What is left of `whole` without `ranges`."""
+    left = [whole]
+    for first, last in ranges:
+        pieces: list[Range] = []
+        for a, b in left:
+            if last < a or b < first:
+                pieces.append((a, b))
+                continue
+            if a < first:
+                pieces.append((a, first - 1))
+            if last < b:
+                pieces.append((last + 1, b))
+        left = pieces
+    return left
+
+
+def joined(gaps: list[GapFrame], more: Sequence[GapFrame]) -> list[GapFrame]:
+    """Gaps with their neighbours of the same boot and reason made one."""
+    out = list(gaps)
+    for gap in more:
+        last = out[-1] if out else None
+        if last and last.last + 1 == gap.first and (last.boot, last.reason) == (gap.boot, gap.reason):
+            out[-1] = GapFrame(
+                last.epoch, last.first, gap.last, last.scans + gap.scans, last.readings + gap.readings, last.reason,
+                last.device if last.device == gap.device else "", last.boot,
+                min(last.from_boot_ns, gap.from_boot_ns), max(last.to_boot_ns, gap.to_boot_ns),
+            )  # fmt: skip
+        else:
+            out.append(gap)
+    return out
+
+
+class Store:
+    """One buffer file."""
+
+    def __init__(self, path: Path, gateway: str, limits: Limits, clock: Clock) -> None:
+        self.path = path
+        self.ledger = Ledger(0, 0)
+        self.events: list[
+            tuple[str, str]
+        ] = []  #: (code, text) of what happened to the file; the caller reports them
+        self.evicting = False
+        self.oldest: tuple[int, int] | None = None  #: (boot, boot_ns) of the oldest held frame
+        self.parked = 0
+        self._gateway = gateway
+        self._limits = limits
+        self._clock = clock
+        self._conn: sqlite3.Connection | None = None
+        self._lock_fd: int | None = None
+        self._layouts: dict[int, bytes] = {}  #: msgpack, by id: everything that a frame here may name
+        self._clocks: dict[int, ClockRow] = {}  #: by boot: the row to compute wall time from
+        self._marks: list[tuple[ClockRow, int]] = []  #: clock rows with their next_seq, oldest first
+        self._mark_id: int | None = None  #: the newest row, where it may be overwritten by the next minute's
+        self._cursor = 1  #: all frames below are recorded, settled or gone
+        self._oldest_seq = 0
+        self._wal_bytes = (
+            0  #: how much the WAL may have grown since the last checkpoint (an estimate from above)
+        )
+        self._doubtful: tuple[Group, int, int] | None = (
+            None  #: a commit under way; its epoch and next_seq if it holds
+        )
+        self._landed: Group | None = (
+            None  #: a group whose commit failed and was found in the file all the same
+        )
+        self._damage = ""  #: why the file must be replaced before it is used again
+        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+
+    # --- opening ---
+
+    def open(self) -> None:
+        """Open, check, and if need be set aside and make the file. Raises `StoreUnusable`."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise StoreUnusable(f"buffer {self.path}: cannot make its folder: {err.strerror}") from err
+        self._lock()
+        try:
+            try:
+                self._connect()
+            except sqlite3.Error as err:
+                # At open a plain SQL error is damage too: the schema is ours, and a table is missing.
+                if not _damaged(err) and _code(err) != sqlite3.SQLITE_ERROR:
+                    raise
+                self._replace(str(err))
+        except (sqlite3.Error, StoreRefusing) as err:
+            self.close()
+            raise StoreUnusable(
+                f"buffer {self.path}: {err}; check the disk, its space and the folder's owner"
+            ) from err
+        self._restore_ballast()
+
+    def _lock(self) -> None:
+        """Two agents on one buffer would both own its seqs: the second is refused."""
+        path = self.path.with_name(self.path.name + ".lock")
+        try:
+            self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            os.close(self._lock_fd or -1)
+            self._lock_fd = None
+            raise StoreUnusable(
+                f"buffer {self.path}: another agent is using it; stop that one first"
+            ) from err
+        except OSError as err:
+            raise StoreUnusable(f"buffer {self.path}: cannot lock {path.name}: {err.strerror}") from err
+
+    def _connect(self) -> None:
+        """Open the file and load what is in it; raises `sqlite3.Error` and changes nothing of ours on failure."""
+        fresh = not self.path.exists() or self.path.stat().st_size == 0
+        conn = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
+        try:
+            if fresh:
+                self.path.chmod(0o600)
+                conn.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            if conn.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise sqlite3.OperationalError("the file system cannot hold a write-ahead log")
+            conn.execute("PRAGMA synchronous = FULL")
+            conn.execute("PRAGMA wal_autocheckpoint = 0")
+            conn.execute("PRAGMA temp_store = MEMORY")
+            # What a checkpoint leaves allocated is overwritten next: no growth is needed on a disk that filled up.
+            conn.execute(f"PRAGMA journal_size_limit = {self._limits.wal_bytes}")
+            version = conn.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0 and not conn.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                self._create(conn)
+            elif version != SCHEMA_VERSION:
+                raise sqlite3.DatabaseError(f"schema version {version}; this agent knows {SCHEMA_VERSION}")
+            else:
+                self._quick_check(conn)
+            # Per connection, so set at every open; the last line of defence, as `_make_room` stays well below it.
+            most = (self._limits.max_bytes - self._limits.wal_bytes) // PAGE_BYTES
+            conn.execute(f"PRAGMA max_page_count = {most}")
+            self._load(conn)
+        except BaseException:
+            conn.close()
+            raise
+        self._conn = conn
+        if self._doubtful is not None:
+            group, epoch, next_seq = self._doubtful
+            landed = self.ledger.epoch == epoch and self.ledger.next_seq == next_seq
+            self._landed = group if landed else None
+            self._doubtful = None
+
+    def _quick_check(self, conn: sqlite3.Connection) -> None:
+        deadline_s = time.monotonic() + self._limits.quick_check_s
+        conn.set_progress_handler(lambda: int(time.monotonic() > deadline_s), 20_000)
+        try:
+            found = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.OperationalError as err:
+            if _code(err) != sqlite3.SQLITE_INTERRUPT:
+                raise
+            log.info("buffer %s: too large to check within %.0f s; every row is checked when it is sent",
+                     self.path, self._limits.quick_check_s)  # fmt: skip
+            return
+        finally:
+            conn.set_progress_handler(None, 0)
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"quick check: {found}")
+
+    def _create(self, conn: sqlite3.Connection) -> None:
+        """The schema, a new epoch, and, where the file replaces a damaged one, what the pending frames rely on."""
+        epoch = 0
+        while not 0 < epoch <= MAX_EPOCH:
+            epoch = secrets.randbits(63)
+        schema = resources.files("agent").joinpath("buffer.sql").read_text()
+        conn.execute("BEGIN IMMEDIATE")
+        statement = ""
+        for line in schema.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                conn.execute(statement)
+                statement = ""
+        conn.execute("INSERT INTO ledger VALUES (1, ?, 1, ?, 0, 0, 0, 0, 0, 0)", (epoch, self.ledger.boot))
+        conn.executemany(
+            "INSERT INTO layouts VALUES (?, ?)",
+            [(key.to_bytes(8, "big"), data) for key, data in self._layouts.items()],
+        )
+        if self.ledger.boot in self._clocks:
+            _insert_clock(conn, self._clocks[self.ledger.boot], 1)
+        conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        conn.execute("COMMIT")
+
+    def _load(self, conn: sqlite3.Connection) -> None:
+        row = conn.execute("SELECT * FROM ledger").fetchone()
+        if row is None:
+            raise sqlite3.DatabaseError("the ledger is empty")
+        led = Ledger(row[1], row[3])
+        led.next_seq = row[2]
+        (led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings, led.gapped_frames,
+         led.gapped_readings) = row[4:10]  # fmt: skip
+        for batch in conn.execute("SELECT first, last, readings, bytes, clocks FROM batches ORDER BY first"):
+            led.recorded[batch[0]] = Recorded(*batch)
+        newest = conn.execute("SELECT max(seq) FROM frames").fetchone()[0] or 0
+        led.next_seq = max(led.next_seq, newest + 1)
+        clocks: dict[int, ClockRow] = {}
+        marks: list[tuple[ClockRow, int]] = []
+        for c in conn.execute(
+            "SELECT boot, boot_id, boot_ns, wall_ns, synchronized, error_ns, next_seq FROM clock ORDER BY id"
+        ):
+            line = ClockRow(c[0], c[1], c[2], c[3], bool(c[4]), c[5])
+            _better(clocks, line)
+            marks.append((line, c[6]))
+        boot_id = self._clock.boot_id
+        same = [line.boot for line, _ in marks if line.boot_id == boot_id]
+        led.boot = same[-1] if same else led.boot + 1
+        layouts = {int.from_bytes(k, "big"): d for k, d in conn.execute("SELECT id, data FROM layouts")}
+        now = self._clock.read()
+        first = _clock_row(now, led.boot, boot_id)
+        conn.execute("BEGIN IMMEDIATE")
+        try:
+            _insert_clock(conn, first, led.next_seq)
+            conn.execute("UPDATE ledger SET boot = ?", (led.boot,))
+            conn.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                conn.execute("ROLLBACK")
+            raise
+        _better(clocks, first)
+        marks.append((first, led.next_seq))
+        self.ledger, self._layouts, self._clocks, self._marks = led, layouts, clocks, marks
+        self._mark_id = None
+        self._cursor = 1
+        self.parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
+        self._look_at_oldest(conn)
+
+    def _replace(self, why: str) -> None:
+        """Set the damaged file aside and open a fresh one."""
+        self._disconnect()
+        aside = self._set_aside()
+        held = self.ledger.held_readings
+        known = f"about {held} readings in it" if held else "what it held"
+        text = f"the buffer was damaged ({why}) and is kept as {aside}; {known} waits there for salvage"
+        log.error("buffer %s: %s", self.path, text)
+        self.events.append(("buffer_damaged", text))
+        self._doubtful = self._landed = None
+        self._damage = ""
+        self._connect()
+
+    def _set_aside(self) -> str:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock.read().wall_ns / 1e9))
+        name = f"{self.path.name}.damaged-{stamp}"
+        copy = 0
+        while self.path.with_name(name).exists():
+            copy += 1
+            name = f"{self.path.name}.damaged-{stamp}-{copy}"
+        try:
+            for tail in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.with_name(self.path.name + tail).rename(self.path.with_name(name + tail))
+        except OSError as err:
+            raise StoreRefusing(
+                f"the damaged buffer {self.path} cannot be set aside: {err.strerror}"
+            ) from err
+        return name
+
+    # --- the transaction ---
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[tuple[sqlite3.Connection, Ledger]]:
+        """All or nothing, on disk and in memory. The ledger is written once, at the end."""
+        conn = self._ready()
+        led = self.ledger.copy()
+        conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield conn, led
+            conn.execute(
+                "UPDATE ledger SET next_seq = ?, kept_frames = ?, kept_readings = ?, settled_frames = ?,"
+                " settled_readings = ?, gapped_frames = ?, gapped_readings = ?",
+                (led.next_seq, led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings,
+                 led.gapped_frames, led.gapped_readings),
+            )  # fmt: skip
+            self._write_batches(conn, led)
+            conn.execute("COMMIT")
+        except BaseException:
+            self._mark_id = None  # its row may be gone with the transaction
+            with contextlib.suppress(sqlite3.Error):
+                conn.execute("ROLLBACK")
+            raise
+        self.ledger = led
+        self._wal_bytes += _COMMIT_PAGES * PAGE_BYTES
+
+    def _write_batches(self, conn: sqlite3.Connection, led: Ledger) -> None:
+        before = self.ledger.recorded
+        gone = [(first,) for first, r in before.items() if led.recorded.get(first) != r]
+        new = [r for first, r in led.recorded.items() if before.get(first) != r]
+        if gone:
+            conn.executemany("DELETE FROM batches WHERE first = ?", gone)
+        if new:
+            conn.executemany(
+                "INSERT INTO batches VALUES (?, ?, ?, ?, ?)",
+                [(r.first, r.last, r.readings, r.size_bytes, r.clocks) for r in new],
+            )
+
+    # --- keeping ---
+
+    def commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
+        """Keep a group and apply acks, in one transaction; cut up to `live_room` batches of what was kept.
+
+        Raises `StoreRefusing`: then nothing of it is known to be kept, and the same group must be offered again,
+        alone, before any other."""
+        try:
+            self._ready()
+            if self._landed is group:
+                group = Group([], [])
+            return self._commit(group, settled, live_room)
+        except sqlite3.Error as err:
+            return self._after_failure(err, group, settled, live_room)
+
+    def _commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
+        made: list[Recorded] = []
+        with self._transaction() as (conn, led):
+            if group.layouts:
+                self._add_layouts(conn, group.layouts)
+            self._settle(conn, led, settled)
+            gaps = self._make_room(conn, led, group.size_bytes)
+            first = led.next_seq
+            for reading in group.clocks:
+                self._add_clock(conn, led, reading)
+            frames = [*map(encode_frame, gaps), *group.frames] if gaps else group.frames
+            readings = [0] * len(gaps) + group.readings if gaps else group.readings
+            if frames:
+                self._insert(conn, led, frames, readings)
+            if live_room > 0 and frames and self._may_record(led):
+                made = self._cut_live(led, first, frames, readings, live_room)
+            self._doubtful = (group, led.epoch, led.next_seq) if group.frames else None
+        # The group is kept: from here on nothing may fail any more.
+        self._doubtful = self._landed = None
+        self._wal_bytes += group.size_bytes + group.size_bytes // 4
+        batches = self._seal_all([(r, frames[r.first - first : r.last - first + 1]) for r in made])
+        self._after_commit()
+        return batches
+
+    def _insert(
+        self, conn: sqlite3.Connection, led: Ledger, frames: Sequence[bytes], readings: Sequence[int]
+    ) -> None:
+        crc = zlib.crc32
+        seqs = range(led.next_seq, led.next_seq + len(frames))
+        conn.executemany(
+            "INSERT INTO frames VALUES (?, ?, ?, ?)",
+            [(s, n, crc(f, (s + n) & 0xFFFFFFFF), f) for s, n, f in zip(seqs, readings, frames, strict=True)],
+        )
+        led.next_seq = seqs.stop
+        led.kept_frames += len(frames)
+        led.kept_readings += sum(readings)
+
+    def _add_layouts(self, conn: sqlite3.Connection, layouts: Sequence[Layout]) -> None:
+        for layout in layouts:
+            key = layout_id(layout)
+            self._layouts[key] = _encode(layout)
+            conn.execute(
+                "INSERT OR IGNORE INTO layouts VALUES (?, ?)", (key.to_bytes(8, "big"), self._layouts[key])
+            )
+
+    def _add_clock(self, conn: sqlite3.Connection, led: Ledger, reading: ClockReading) -> None:
+        """A new row; the row of an ordinary minute gives way to the next one, but for one an hour."""
+        row = _clock_row(reading, led.boot, self._clock.boot_id)
+        if self._mark_id is not None and len(self._marks) > 1:
+            last, before = self._marks[-1][0], self._marks[-2][0]
+            if (
+                last.boot == row.boot
+                and last.synchronized == row.synchronized
+                and row.boot_ns - before.boot_ns < _MARK_NS
+                and abs((row.wall_ns - row.boot_ns) - (last.wall_ns - last.boot_ns)) < _MARK_NS // 3600
+            ):
+                conn.execute("DELETE FROM clock WHERE id = ?", (self._mark_id,))
+                self._marks.pop()
+        self._mark_id = _insert_clock(conn, row, led.next_seq)
+        self._marks.append((row, led.next_seq))
+        _better(self._clocks, row)
+
+    def _cut_live(
+        self, led: Ledger, first: int, frames: Sequence[bytes], readings: Sequence[int], room: int
+    ) -> list[Recorded]:
+        made = []
+        runs = parts([len(f) + _FRAME_OVERHEAD for f in frames], self._budget(frames))
+        for start, end in runs[-room:]:
+            made.append(self._record(led, first + start, frames[start:end], sum(readings[start:end])))
+        return made
+
+    def _budget(self, frames: Sequence[bytes]) -> int:
+        """What frames may take in a batch that also carries their layouts."""
+        layouts, _ = self._used(frames)
+        return max(1, BATCH_BYTES - sum(len(self._layouts.get(key, b"")) for key in layouts))
+
+    def _record(self, led: Ledger, first: int, frames: Sequence[bytes], readings: int) -> Recorded:
+        _, boots = self._used(frames)
+        clocks = _encode(tuple(self._clocks[boot] for boot in sorted(boots) if boot in self._clocks))
+        size = sum(map(len, frames)) + _FRAME_OVERHEAD * len(frames)
+        record = Recorded(first, first + len(frames) - 1, readings, size, clocks)
+        led.recorded[first] = record
+        return record
+
+    def _used(self, frames: Sequence[bytes]) -> tuple[list[int], set[int]]:
+        """The layouts (in order of first use) and the boots that frames name."""
+        layouts: dict[int, None] = {}
+        boots: set[int] = set()
+        for frame in frames:
+            head = frame_head(frame)
+            if head is None:
+                continue
+            boots.add(head.boot)
+            if isinstance(head, _ScanHead):
+                layouts[head.layout] = None
+        return list(layouts), boots
+
+    def _seal(self, r: Recorded, frames: Sequence[bytes]) -> Batch:
+        layouts, _ = self._used(frames)
+        sealed = seal(
+            self._gateway,
+            self.ledger.epoch,
+            r.first,
+            frames,
+            [_decode_layout(self._layouts[key]) for key in layouts if key in self._layouts],
+            _decode_clocks(r.clocks),
+            r.readings,
+            compressor=self._compressor,
+        )
+        return Batch(sealed, r.readings)
+
+    def _seal_all(self, cut: Sequence[tuple[Recorded, Sequence[bytes]]]) -> list[Batch]:
+        batches = []
+        for r, frames in cut:
+            try:
+                batches.append(self._seal(r, frames))
+            except WireError:  # frames and layouts are bounded where they enter, so this is a fault of ours
+                log.exception("buffer %s: batch %d..%d cannot be sealed", self.path, r.first, r.last)
+        return batches
+
+    def _may_record(self, led: Ledger) -> bool:
+        """Recorded batches are safe from eviction, so they may fill a quarter of the cap, no more."""
+        return sum(r.size_bytes for r in led.recorded.values()) < self._limits.file_bytes // 4
+
+    # --- acks ---
+
+    def _settle(self, conn: sqlite3.Connection, led: Ledger, ranges: Sequence[Range]) -> None:
+        for first, last in ranges:
+            frames, readings = self._count(conn, first, last)
+            if frames:
+                conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+                led.settled_frames += frames
+                led.settled_readings += readings
+            for r in [r for r in led.recorded.values() if r.first <= last and first <= r.last]:
+                self._narrow(conn, led, r, without((r.first, r.last), [(first, last)]))
+
+    def _narrow(
+        self, conn: sqlite3.Connection, led: Ledger, r: Recorded, left: Sequence[Range]
+    ) -> list[Recorded]:
+        """Replace a recorded batch by what is left of it, with the same clock rows."""
+        del led.recorded[r.first]
+        made = []
+        for first, last in left:
+            _, readings = self._count(conn, first, last)
+            size = r.size_bytes * (last - first + 1) // r.frames
+            led.recorded[first] = Recorded(first, last, readings, size, r.clocks)
+            made.append(led.recorded[first])
+        return made
+
+    @staticmethod
+    def _count(conn: sqlite3.Connection, first: int, last: int) -> tuple[int, int]:
+        row = conn.execute(
+            "SELECT count(*), total(readings) FROM frames WHERE seq BETWEEN ? AND ?", (first, last)
+        ).fetchone()
+        return row[0], int(row[1])
+
+    # --- sending ---
+
+    def recorded(self) -> list[Recorded]:
+        """The batches with fixed bounds, oldest first: after a restart, all of them are sent again."""
+        return sorted(self.ledger.recorded.values(), key=lambda r: r.first)
+
+    def claim(self, count: int, settled: Sequence[Range]) -> list[Batch]:
+        """Cut and record up to `count` batches of the oldest frames that are in none, in one transaction with the
+        acks that came. Raises `StoreRefusing`."""
+        with self._refusing():
+            return self._claim(count, settled)
+
+    def _claim(self, count: int, settled: Sequence[Range]) -> list[Batch]:
+        cut: list[tuple[Recorded, list[bytes]]] = []
+        cursor = self._cursor
+        with self._transaction() as (conn, led):
+            self._settle(conn, led, settled)
+            gaps: list[GapFrame] = []
+            while len(cut) < count and led.loose_frames > 0 and self._may_record(led):
+                first, frames, readings, bad, cursor = self._next_run(conn, led, cursor)
+                if bad:
+                    gaps += self._discard(conn, led, bad, "corrupt")
+                if frames:
+                    cut.append((self._record(led, first, frames, readings), frames))
+                elif not bad:
+                    if cursor >= led.next_seq and not led.recorded:
+                        gaps += self._missing(led)
+                    break
+            if gaps:
+                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
+        self._cursor = cursor
+        batches = self._seal_all(cut)
+        self._after_commit()
+        return batches
+
+    def _next_run(
+        self, conn: sqlite3.Connection, led: Ledger, cursor: int
+    ) -> tuple[int, list[bytes], int, list[tuple[int, int, None]], int]:
+        """The next run of loose frames that makes one batch, and the rows at its end that fail their CRC."""
+        ahead = led.next_seq
+        for r in sorted(led.recorded.values(), key=lambda r: r.first):
+            if r.first <= cursor <= r.last:
+                cursor = r.last + 1
+            elif r.first > cursor:
+                # Between two recorded batches there may be nothing at all.
+                row = conn.execute(
+                    "SELECT 1 FROM frames WHERE seq >= ? AND seq < ? LIMIT 1", (cursor, r.first)
+                ).fetchone()
+                if row:
+                    ahead = r.first
+                    break
+                cursor = r.last + 1
+        first, readings, size = 0, 0, 0
+        frames: list[bytes] = []
+        bad: list[tuple[int, int, None]] = []
+        known: set[int] = set()
+        rows = conn.execute(
+            "SELECT seq, readings, crc, data FROM frames WHERE seq >= ? AND seq < ? ORDER BY seq",
+            (cursor, ahead),
+        )
+        for seq, n, crc, data in rows:
+            if crc != row_crc(seq, n, data):
+                bad.append((seq, n, None))
+                cursor = seq + 1
+                break
+            if frames and seq != first + len(frames):
+                break
+            size += len(data) + _FRAME_OVERHEAD
+            head = frame_head(data)
+            if isinstance(head, _ScanHead) and head.layout not in known:
+                known.add(head.layout)
+                size += len(self._layouts.get(head.layout, b""))
+            if frames and (size > BATCH_BYTES or len(frames) >= MAX_FRAMES):
+                break
+            first = first or seq
+            frames.append(data)
+            readings += n
+            cursor = seq + 1
+        rows.close()
+        if not frames and not bad:
+            cursor = ahead
+        return first, frames, readings, bad, cursor
+
+    def rebuild(self, first: int, last: int) -> list[Batch]:
+        """The same bytes again for a recorded batch; where rows have gone bad meanwhile, narrower batches around
+        them. Empty where all of it has been settled. Raises `StoreRefusing`."""
+        with self._refusing():
+            return self._rebuild(self._ready(), first, last)
+
+    def _rebuild(self, conn: sqlite3.Connection, first: int, last: int) -> list[Batch]:
+        cut: list[tuple[Recorded, Sequence[bytes]]] = []
+        for r in [r for r in self.recorded() if r.first <= last and first <= r.last]:
+            good, bad = self._read(conn, r)
+            if len(good) == r.frames:
+                cut.append((r, [good[s] for s in range(r.first, r.last + 1)]))
+                continue
+            with self._transaction() as (conn, led):
+                gone = [s for s in range(r.first, r.last + 1) if s not in good]
+                left = without((r.first, r.last), [(s, s) for s in gone])
+                held = self._count(conn, r.first, r.last)[1]
+                gaps = self._discard(conn, led, [(seq, n, None) for seq, n in bad], "corrupt")
+                lost = [s for s in gone if s not in {seq for seq, _ in bad}]
+                if lost:  # the tree lost rows: the batch's own count says how many readings went
+                    led.gapped_frames += len(lost)
+                    led.gapped_readings += max(0, r.readings - held)
+                    gaps.append(
+                        self._gap(lost[0], lost[-1], len(lost), max(0, r.readings - held), "corrupt", [])
+                    )
+                made = self._narrow(conn, led, r, left)
+                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
+            cut += [(m, [good[s] for s in range(m.first, m.last + 1)]) for m in made]
+        return self._seal_all(cut)
+
+    def _read(self, conn: sqlite3.Connection, r: Recorded) -> tuple[dict[int, bytes], list[tuple[int, int]]]:
+        good: dict[int, bytes] = {}
+        bad: list[tuple[int, int]] = []
+        for seq, n, crc, data in conn.execute(
+            "SELECT seq, readings, crc, data FROM frames WHERE seq BETWEEN ? AND ? ORDER BY seq",
+            (r.first, r.last),
+        ):
+            if crc == row_crc(seq, n, data):
+                good[seq] = data
+            else:
+                bad.append((seq, n))
+        return good, bad
+
+    def split(self, first: int, last: int) -> list[Batch]:
+        """Halve a recorded batch into two narrower ones of the same frames. Raises `StoreRefusing`."""
+        with self._refusing(), self._transaction() as (conn, led):
+            r = led.recorded.get(first)
+            if r is not None and r.last == last and first < last:
+                middle = (first + last) // 2
+                self._narrow(conn, led, r, [(first, middle), (middle + 1, last)])
+        return self.rebuild(first, last)
+
+    def park(self, seq: int, code: str, reason: str) -> int:
+        """Take one frame out of the way for good, with the cloud's reason; returns how many readings it held. The gap
+        reaches the cloud (but a refused gap is not reported by yet another gap). Raises `StoreRefusing`."""
+        with self._refusing(), self._transaction() as (conn, led):
+            row = conn.execute("SELECT readings, data FROM frames WHERE seq = ?", (seq,)).fetchone()
+            if row is None:
+                return 0
+            readings, data = int(row[0]), bytes(row[1])
+            conn.execute(
+                "INSERT OR REPLACE INTO parked VALUES (?, ?, ?, ?, ?, ?)",
+                (seq, readings, code, reason[:1000], self._clock.read().wall_ns, data),
+            )
+            conn.execute(
+                "DELETE FROM parked WHERE seq NOT IN (SELECT seq FROM parked ORDER BY seq DESC LIMIT ?)",
+                (_PARKED_MAX,),
+            )
+            for r in [r for r in led.recorded.values() if r.first <= seq <= r.last]:
+                self._narrow(conn, led, r, without((r.first, r.last), [(seq, seq)]))
+            gaps = self._discard(conn, led, [(seq, readings, frame_head(data))], "refused")
+            if data[1:2] != _GAP_TAG:
+                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
+        self.parked = min(self.parked + 1, _PARKED_MAX)
+        return readings
+
+    # --- gaps ---
+
+    def _discard(
+        self, conn: sqlite3.Connection, led: Ledger, rows: Sequence[tuple[int, int, Head | None]], reason: str
+    ) -> list[GapFrame]:
+        """Delete rows (seq, readings, head), count them as gapped, and say so: one gap per unbroken run and boot."""
+        gaps: list[GapFrame] = []
+        start = 0
+        for i in range(1, len(rows) + 1):
+            if (
+                i < len(rows)
+                and rows[i][0] == rows[i - 1][0] + 1
+                and _boot(rows[i][2]) == _boot(rows[start][2])
+            ):
+                continue
+            run = rows[start:i]
+            first, last = run[0][0], run[-1][0]
+            conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+            heads = [head for _, _, head in run if isinstance(head, _ScanHead)]
+            readings = sum(n for _, n, _ in run)
+            led.gapped_frames += len(run)
+            led.gapped_readings += readings
+            unread = sum(head is None for _, _, head in run)  # taken for scans, as nearly all frames are
+            gaps.append(self._gap(first, last, len(heads) + unread, readings, reason, heads))
+            start = i
+        return gaps
+
+    def _gap(
+        self, first: int, last: int, scans: int, readings: int, reason: str, heads: Sequence[_ScanHead]
+    ) -> GapFrame:
+        now_ns = self._clock.boot_ns()
+        devices = {self._device(head.layout) for head in heads}
+        return GapFrame(
+            self.ledger.epoch, first, last, scans, readings, reason,
+            devices.pop() if len(devices) == 1 else "",
+            heads[0].boot if heads else self.ledger.boot,
+            min((head.taken_at_ns for head in heads), default=now_ns),
+            max((head.taken_at_ns for head in heads), default=now_ns),
+        )  # fmt: skip
+
+    def _device(self, layout: int) -> str:
+        data = self._layouts.get(layout)
+        return _decode_layout(data).device if data else ""
+
+    def _missing(self, led: Ledger) -> list[GapFrame]:
+        """The table is empty and the ledger says otherwise: rows were lost to damage that no check saw."""
+        frames, readings = led.held_frames, led.held_readings
+        led.gapped_frames += frames
+        led.gapped_readings += readings
+        log.error("buffer %s: %d frames are missing; reported as a gap", self.path, frames)
+        return [self._gap(0, 0, frames, readings, "corrupt", [])]
+
+    # --- room ---
+
+    def _make_room(self, conn: sqlite3.Connection, led: Ledger, need_bytes: int) -> list[GapFrame]:
+        """Evict what is too old, and the oldest until `need_bytes` more fit under the cap and above the disk floor."""
+        gaps: list[GapFrame] = []
+        if self._limits.max_age_ns:
+            gaps += self._evict_older(conn, led)
+        cap = self._cap_pages(conn)
+        # A frame of just above half a page leaves the other half empty: twice its bytes covers any size.
+        need = 2 * need_bytes // PAGE_BYTES + 4 if need_bytes else 0
+        over = _used_pages(conn) + need - cap
+        self.evicting = False
+        if over > 0:
+            over += cap // _EVICT_SLACK
+        while over > 0 and need:
+            want_bytes = min(over * PAGE_BYTES, _EVICT_STEP_BYTES)
+            rows = self._oldest_loose(conn, led, want_bytes, led.next_seq)
+            if not rows:
+                raise StoreRefusing(
+                    f"the buffer is full ({self._limits.max_bytes >> 20} MiB) of what has been sent and waits"
+                    " for its ack; raise buffer.max_mb"
+                )
+            self.evicting = True
+            gaps = joined(gaps, self._discard(conn, led, rows, "evicted"))
+            over = _used_pages(conn) + need - cap
+        return gaps
+
+    def _cap_pages(self, conn: sqlite3.Connection) -> int:
+        """The file's cap in pages now: its own, or less where the file may not grow because the disk is short, or
+        because a reader keeps the WAL from being reset."""
+        pages: int = conn.execute("PRAGMA page_count").fetchone()[0]
+        cap = self._limits.file_bytes // PAGE_BYTES
+        grown = self._wal_size() - self._limits.wal_bytes - 2 * self._limits.group_bytes
+        if grown > 0:
+            cap = max(32, cap - grown // PAGE_BYTES)
+        if self._limits.free_disk_bytes:
+            try:
+                disk = os.statvfs(self.path.parent)
+            except OSError:
+                return cap
+            room = (disk.f_bavail * disk.f_frsize - self._limits.free_disk_bytes) // PAGE_BYTES
+            cap = min(cap, pages + max(0, room))
+        return cap
+
+    def _oldest_loose(
+        self, conn: sqlite3.Connection, led: Ledger, want_bytes: int, below: int
+    ) -> list[tuple[int, int, Head | None]]:
+        """The oldest frames in no recorded batch, `want_bytes` of them; never gap frames: they are the account."""
+        rows: list[tuple[int, int, Head | None]] = []
+        size = 0
+        recorded = sorted((r.first, r.last) for r in led.recorded.values())
+        found = conn.execute("SELECT seq, readings, data FROM frames WHERE seq < ? ORDER BY seq", (below,))
+        for seq, readings, data in found:
+            while recorded and seq > recorded[0][1]:
+                recorded.pop(0)
+            if (recorded and seq >= recorded[0][0]) or data[1:2] == _GAP_TAG:
+                continue
+            rows.append((seq, readings, frame_head(data)))
+            size += len(data) + _FRAME_OVERHEAD
+            if size >= want_bytes:
+                break
+        found.close()
+        return rows
+
+    def _evict_older(self, conn: sqlite3.Connection, led: Ledger) -> list[GapFrame]:
+        """Age by the clock table: exact within this boot; across boots only where both clocks were synchronized."""
+        now = self._clock.read()
+        below = 0
+        for row, next_seq in self._marks:
+            if row.boot == led.boot:
+                age_ns = now.boot_ns - row.boot_ns
+            elif row.synchronized and now.synchronized:
+                age_ns = now.wall_ns - row.wall_ns
+            else:
+                continue
+            if age_ns > self._limits.max_age_ns:
+                below = max(below, next_seq)
+        if below <= self._oldest_seq or not self._oldest_seq:
+            return []
+        return self._discard(conn, led, self._oldest_loose(conn, led, _EVICT_STEP_BYTES, below), "expired")
+
+    # --- upkeep ---
+
+    def _after_commit(self) -> None:
+        """Checkpoint and shrink, when it is time. A failure here is no failure of the commit before it."""
+        conn = self._conn
+        if conn is None:
+            return
+        try:
+            self._look_at_oldest(conn)
+            if self._wal_bytes >= self._limits.wal_bytes:
+                self.checkpoint()
+                self._thin_clock(conn)
+                free = conn.execute("PRAGMA freelist_count").fetchone()[0]
+                if free >= _VACUUM_FREE_PAGES and _used_pages(conn) <= _VACUUM_LIVE_PAGES:
+                    conn.execute("VACUUM")  # cheap now: it copies only what is held; keeps every seq
+                    self.checkpoint()
+                self._restore_ballast()
+        except sqlite3.Error as err:
+            log.warning("buffer %s: upkeep failed: %s", self.path, err)
+            self._broken(err)
+
+    def checkpoint(self) -> None:
+        if self._conn is not None:
+            self._conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._wal_bytes = 0
+
+    def _thin_clock(self, conn: sqlite3.Connection) -> None:
+        """Forget the clock rows of boots that no held frame names."""
+        oldest = self.oldest[0] if self.oldest else self.ledger.boot
+        boots = {row.boot for row, _ in self._marks}
+        if any(boot < oldest for boot in boots):
+            conn.execute("DELETE FROM clock WHERE boot < ?", (oldest,))
+            self._marks = [mark for mark in self._marks if mark[0].boot >= oldest]
+            self._clocks = {boot: row for boot, row in self._clocks.items() if boot >= oldest}
+
+    def _look_at_oldest(self, conn: sqlite3.Connection) -> None:
+        row = conn.execute("SELECT seq, data FROM frames ORDER BY seq LIMIT 1").fetchone()
+        if row is None:
+            self.oldest, self._oldest_seq = None, 0
+        elif row[0] != self._oldest_seq:
+            self._oldest_seq = row[0]
+            head = frame_head(row[1])
+            if isinstance(head, _ScanHead):
+                self.oldest = (head.boot, head.taken_at_ns)
+            elif isinstance(head, GapFrame):
+                self.oldest = (head.boot, head.to_boot_ns)
+            elif head is not None:
+                self.oldest = (head.boot, head.at_boot_ns)
+
+    def oldest_age_s(self, now: ClockReading) -> float | None:
+        """How long ago the oldest held frame was taken; None where the buffer is empty or its clock is unknown."""
+        if self.oldest is None:
+            return None
+        boot, boot_ns = self.oldest
+        if boot == self.ledger.boot:
+            return max(0.0, (now.boot_ns - boot_ns) / 1e9)
+        row = self._clocks.get(boot)
+        return max(0.0, (now.wall_ns - row.wall_ns + row.boot_ns - boot_ns) / 1e9) if row else None
+
+    def size_bytes(self) -> int:
+        """On disk now, WAL included."""
+        try:
+            return self.path.stat().st_size + self._wal_size()
+        except OSError:
+            return 0
+
+    def _wal_size(self) -> int:
+        try:
+            return self.path.with_name(self.path.name + "-wal").stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def _ballast(self) -> Path:
+        return self.path.with_name(self.path.name + ".ballast")
+
+    def _restore_ballast(self) -> None:
+        """Set aside room to delete with: on a full disk DELETE fails as INSERT does (reliability.md, fact 5)."""
+        want = self._limits.ballast_bytes
+        try:
+            if not want or (self._ballast.exists() and self._ballast.stat().st_size == want):
+                return
+            disk = os.statvfs(self.path.parent)
+            if disk.f_bavail * disk.f_frsize < want + self._limits.free_disk_bytes:
+                return
+            fd = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, want)
+            finally:
+                os.close(fd)
+        except OSError as err:
+            log.debug("buffer %s: no ballast: %s", self.path, err)
+            with contextlib.suppress(OSError):
+                self._ballast.unlink()
+
+    # --- when the disk refuses ---
+
+    def _after_failure(
+        self, err: sqlite3.Error, group: Group, settled: Sequence[Range], live_room: int
+    ) -> list[Batch]:
+        self._broken(err)
+        try:
+            if self._damage:
+                self._ready()
+                return self._commit(group, (), live_room)
+            if _code(err) == sqlite3.SQLITE_FULL and self._ballast.exists():
+                # Acked data first: it makes the room that the group needs.
+                self._ballast.unlink()
+                log.warning("buffer %s: the disk is full; ballast released", self.path)
+                with self._transaction() as (conn, led):
+                    self._settle(conn, led, settled)
+                self.checkpoint()
+                return self._commit(group, (), live_room)
+        except (sqlite3.Error, OSError) as again:
+            if isinstance(again, sqlite3.Error):
+                self._broken(again)
+            raise StoreRefusing(_remedy(err)) from again
+        raise StoreRefusing(_remedy(err)) from err
+
+    def _broken(self, err: sqlite3.Error) -> None:
+        """After an I/O error never use the same descriptor again: its failed pages may be marked clean
+        (Rebello et al., ATC 2020). The next call opens anew and looks at what is really there. A read-only file
+        system is no such case: reads go on."""
+        if _damaged(err):
+            self._damage = str(err)
+        elif _code(err) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            self._disconnect()
+            return
+        self._doubtful = None  # rolled back for certain
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            self._ready()
+            yield
+        except sqlite3.Error as err:
+            self._broken(err)
+            raise StoreRefusing(_remedy(err)) from err
+
+    def _ready(self) -> sqlite3.Connection:
+        """The connection, opened anew where it had to be given up. Raises `sqlite3.Error`, `StoreRefusing`."""
+        if self._lock_fd is None:
+            raise StoreRefusing("the buffer is closed")
+        if self._damage:
+            self._replace(self._damage)
+        elif self._conn is None:
+            self._connect()
+        assert self._conn is not None  # noqa: S101 - both ways above end with a connection or raise
+        return self._conn
+
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._conn.close()
+            self._conn = None
+
+    def close(self) -> None:
+        """Checkpoint and let go. Never raises."""
+        if self._conn is not None:
+            with contextlib.suppress(sqlite3.Error, StoreError):
+                self.checkpoint()
+        self._disconnect()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+
+def _boot(head: Head | None) -> int:
+    return head.boot if head is not None else 0
+
+
+def _clock_row(reading: ClockReading, boot: int, boot_id: str) -> ClockRow:
+    return ClockRow(boot, boot_id, reading.boot_ns, reading.wall_ns, reading.synchronized, reading.error_ns)
+
+
+def _better(clocks: dict[int, ClockRow], row: ClockRow) -> None:
+    """Keep per boot the row to compute wall time from (as `sync.wire.wall_clock`): the last synchronized, else the
+    last."""
+    held = clocks.get(row.boot)
+    if held is None or row.synchronized or not held.synchronized:
+        clocks[row.boot] = row
+
+
+def _insert_clock(conn: sqlite3.Connection, row: ClockRow, next_seq: int) -> int:
+    done = conn.execute(
+        "INSERT INTO clock (boot, boot_id, boot_ns, wall_ns, synchronized, error_ns, next_seq)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (row.boot, row.boot_id, row.boot_ns, row.wall_ns, row.synchronized, row.error_ns, next_seq),
+    )
+    return int(done.lastrowid or 0)
+
+
+def _used_pages(conn: sqlite3.Connection) -> int:
+    pages: int = conn.execute("PRAGMA page_count").fetchone()[0]
+    free: int = conn.execute("PRAGMA freelist_count").fetchone()[0]
+    return pages - free
+
+
+def _code(err: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 where the error is the module's own."""
+    return getattr(err, "sqlite_errorcode", 0) & 0xFF
+
+
+def _damaged(err: sqlite3.Error) -> bool:
+    """Whether the file itself is bad, as against the disk under it. Our own checks raise a plain `DatabaseError`."""
+    code = _code(err)
+    own = type(err) is sqlite3.DatabaseError and code == 0
+    return own or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _remedy(err: sqlite3.Error) -> str:
+    match _code(err):
+        case sqlite3.SQLITE_FULL:
+            return "the disk is full; free some space or lower buffer.max_mb"
+        case sqlite3.SQLITE_READONLY:
+            return "the buffer's file system is read-only; check the disk (dmesg) and remount it"
+        case sqlite3.SQLITE_IOERR:
+            return f"the disk reports an error ({err}); check it (dmesg, smartctl)"
+        case _:
+            return str(err)
