@@ -27,7 +27,6 @@ from typing import Any, Final
 
 from agent import status as status_file
 from agent.buffer import Buffer, BufferUnusable, Condition
-
 from agent.clock import SystemClock
 from agent.configuration import Loaded, save_last_good
 from agent.devices import all_points
