@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-
-import msgspec
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
+
+    from cloud.runner import SinkState
 
 LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -87,19 +88,8 @@ class Metrics:
         self.ack_latency = Histogram()  #: from the door to the reply
 
 
-class SinkGauge(msgspec.Struct, frozen=True):
-    """How one sink stands."""
-
-    sink: str
-    lag_s: float
-    pending_entries: int
-    cursor: int
-    up: bool
-    records: int
-    rejected: int
-
-
-class Gauges(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Gauges:
     """What is measured at the moment of asking."""
 
     journal_bytes: int = 0
@@ -108,7 +98,7 @@ class Gauges(msgspec.Struct, frozen=True):
     journal_oldest_age_s: float = 0.0
     journal_ok: bool = True
     broker_connected: bool | None = None
-    sinks: tuple[SinkGauge, ...] = ()
+    sinks: tuple[SinkState, ...] = ()
     dead_letters: tuple[tuple[str, int], ...] = ()  #: (sink, letters)
     dead_letters_dropped: int = 0
     trimmed: int = 0
@@ -183,24 +173,28 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "headgate_broker_connected", "1 where the MQTT door is open.", value=int(gauges.broker_connected)
         )
-    lag = GaugeMetricFamily(
-        "headgate_sink_lag_seconds", "Age of the oldest batch not yet in the sink.", labels=["sink"]
-    )
-    pending = GaugeMetricFamily(
-        "headgate_sink_pending_entries", "Batches not yet in the sink.", labels=["sink"]
-    )
-    up = GaugeMetricFamily("headgate_sink_up", "1 where the sink took its last records.", labels=["sink"])
-    records = CounterMetricFamily("headgate_sink_records", "Records written.", labels=["sink"])
-    rejected = CounterMetricFamily(
-        "headgate_sink_rejected", "Records refused for what they are.", labels=["sink"]
-    )
-    for sink in gauges.sinks:
-        lag.add_metric([sink.sink], sink.lag_s)
-        pending.add_metric([sink.sink], sink.pending_entries)
-        up.add_metric([sink.sink], int(sink.up))
-        records.add_metric([sink.sink], sink.records)
-        rejected.add_metric([sink.sink], sink.rejected)
-    yield from (lag, pending, up, records, rejected)
+    families: list[tuple[GaugeMetricFamily | CounterMetricFamily, Callable[[SinkState], float]]] = [
+        (GaugeMetricFamily("headgate_sink_lag_seconds", "Age of the oldest batch not yet in the sink.",
+                           labels=["sink"]), lambda s: s.lag_s),
+        (GaugeMetricFamily("headgate_sink_up", "1 where the sink takes records.", labels=["sink"]),
+         lambda s: s.word == "running"),
+        (GaugeMetricFamily("headgate_sink_position", "The offset up to which all is settled.", labels=["sink"]),
+         lambda s: s.position),
+        (CounterMetricFamily("headgate_sink_records", "Records written.", labels=["sink"]),
+         lambda s: s.accepted_records),
+        (CounterMetricFamily("headgate_sink_readings", "Readings written.", labels=["sink"]),
+         lambda s: s.accepted_readings),
+        (CounterMetricFamily("headgate_sink_rejected", "Records sent to the dead letters.", labels=["sink"]),
+         lambda s: s.rejected_records),
+        (CounterMetricFamily("headgate_sink_retries", "Calls that had to be made again.", labels=["sink"]),
+         lambda s: s.retries),
+        (CounterMetricFamily("headgate_sink_missed", "Batches trimmed before the sink had them.", labels=["sink"]),
+         lambda s: s.missed_entries),
+    ]  # fmt: skip
+    for family, value in families:
+        for sink in gauges.sinks:
+            family.add_metric([sink.name], value(sink))
+        yield family
     letters = GaugeMetricFamily("headgate_dead_letters", "Dead letters that are kept.", labels=["sink"])
     for name, number in gauges.dead_letters:
         letters.add_metric([name], number)

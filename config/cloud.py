@@ -1,13 +1,22 @@
 """The cloud's configuration: what `headgate-cloud serve` reads. Embedded by default: a data folder and a port.
 
-A secret is named by a file or an environment variable (`*_file`, `*_env`), never written here.
+A secret is named by a file or an environment variable (`*_file`, `*_env`), never written here. What one value alone
+cannot say (a certificate for an address that is not loopback, two gateways of one name) is in `conflicts`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import ipaddress
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
+
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
+Days: TypeAlias = Annotated[float, Meta(ge=0, le=36500)]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,97 +24,101 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Server(_Strict, frozen=True, kw_only=True):
-    data_dir: str = "/var/lib/headgate-cloud"
-    host: str = "127.0.0.1"
-    port: int = 8080
-    tls_cert_file: str | None = None  #: required where `host` is not loopback
-    tls_key_file: str | None = None
+    data_dir: Text = "/var/lib/headgate-cloud"
+    host: Text = "127.0.0.1"
+    port: Port = 8080
+    tls_cert_file: Text | None = None  #: required where `host` is not loopback
+    tls_key_file: Text | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    drain_s: float = 30.0  #: SIGTERM: how long the sinks may take to finish what they hold
-    operator_token_file: str | None = None  #: the operator's API refuses everybody where no token is given
-    operator_token_env: str | None = None
+    drain_s: Annotated[float, Meta(ge=0, le=600)] = 30.0  #: SIGTERM: how long the sinks may take to finish
+    operator_token_file: Text | None = None  #: the operator's API refuses everybody where no token is given
+    operator_token_env: Text | None = None
 
 
 class MqttDoor(_Strict, frozen=True, kw_only=True):
-    host: str = "localhost"
-    port: int = 0  #: 0: 8883 with TLS, else 1883
+    host: Text = "localhost"
+    port: Port = 0  #: 0: 8883 with TLS, else 1883
     tls: bool = True
-    ca_file: str | None = None
-    user: str = "headgate-cloud"
-    password_file: str | None = None
-    password_env: str | None = None
-    keepalive_s: float = 20.0
+    ca_file: Text | None = None
+    user: Text = "headgate-cloud"
+    password_file: Text | None = None
+    password_env: Text | None = None
+    keepalive_s: Annotated[float, Meta(ge=5, le=3600)] = 20.0
 
 
 class Gateway(_Strict, frozen=True, kw_only=True):
     """One admitted gateway and its credential (for the HTTP door; a broker checks MQTT passwords itself)."""
 
-    tenant: str
-    name: str
-    token_file: str | None = None
-    token_env: str | None = None
+    tenant: Name
+    name: Name
+    token_file: Text | None = None
+    token_env: Text | None = None
 
 
 class JournalSettings(_Strict, frozen=True, kw_only=True):
     kind: Literal["sqlite"] = "sqlite"
-    max_mb: int = 10_240
-    keep_hours: float = 72.0  #: kept this long after every sink is past it, for replay
-    commit_interval_ms: float = 5.0  #: how long a group may wait for company
-    free_disk_mb: int = 128
+    max_mb: Annotated[int, Meta(ge=16, le=16_777_216)] = 10_240
+    keep_hours: Annotated[float, Meta(ge=0, le=87600)] = 72.0  #: after every sink is past it, for replay
+    commit_interval_ms: Annotated[float, Meta(ge=0, le=1000)] = 5.0  #: how long a group may wait for company
+    free_disk_mb: Annotated[int, Meta(ge=0, le=16_777_216)] = 128
 
 
 class Embedded(_Strict, frozen=True, kw_only=True):
     enabled: bool = True
-    retention_days: float = 30.0
+    retention_days: Days = 30.0
 
 
 class Archive(_Strict, frozen=True, kw_only=True):
     """The Delta archive: in `<data_dir>/archive` unless an S3 endpoint is given."""
 
     enabled: bool = True
-    endpoint: str | None = None  #: "https://minio.example:9000"
-    bucket: str = "headgate"
-    region: str = "us-east-1"
-    access_key_file: str | None = None
-    access_key_env: str | None = None
-    secret_key_file: str | None = None
-    secret_key_env: str | None = None
-    commit_interval_s: float = 300.0
-    commit_mb: int = 32
-    retention_days: float = 3650.0
-    compact_hours: float = 1.0
-    vacuum_hours: float = 168.0
+    endpoint: Text | None = None  #: "https://minio.example:9000"
+    bucket: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "headgate"
+    region: Text = "us-east-1"
+    access_key_file: Text | None = None
+    access_key_env: Text | None = None
+    secret_key_file: Text | None = None
+    secret_key_env: Text | None = None
+    commit_interval_s: Seconds = 300.0
+    commit_mb: Annotated[int, Meta(ge=1, le=1024)] = 32
+    retention_days: Days = 3650.0
+    compact_hours: Annotated[float, Meta(gt=0, le=8760)] = 1.0
+    vacuum_hours: Annotated[float, Meta(gt=0, le=8760)] = 168.0
 
 
 class InfluxDB(_Strict, frozen=True, kw_only=True):
-    url: str
-    org: str
-    bucket: str = "headgate"
-    token_file: str | None = None
-    token_env: str | None = None
-    retention_days: float = 0.0  #: 0: for ever; set when the bucket is created
+    url: Annotated[str, Meta(pattern=r"^https?://[^/\s]+/?$")]
+    org: Text
+    bucket: Text = "headgate"
+    token_file: Text | None = None
+    token_env: Text | None = None
+    retention_days: Days = 0.0  #: 0: for ever; set when the bucket is created
     create_bucket: bool = True
-    timeout_s: float = 10.0
-    batch_lines: int = 5_000
+    timeout_s: Seconds = 10.0
+    batch_lines: Annotated[int, Meta(ge=1, le=100_000)] = 5_000
 
 
 class MySQL(_Strict, frozen=True, kw_only=True):
-    host: str
-    port: int = 3306
-    user: str = "headgate"
-    password_file: str | None = None
-    password_env: str | None = None
-    database: str = "headgate"
-    ca_file: str | None = None  #: TLS with a verified certificate; required where `host` is not loopback
-    retention_days: float = 90.0
-    pool_size: int = 4
+    host: Text
+    port: Annotated[int, Meta(ge=1, le=65535)] = 3306
+    user: Text = "headgate"
+    password_file: Text | None = None
+    password_env: Text | None = None
+    database: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{1,64}$")] = "headgate"
+    ca_file: Text | None = None  #: TLS with a verified certificate; required where `host` is not loopback
+    retention_days: Days = 90.0
+    pool_size: Annotated[int, Meta(ge=1, le=64)] = 4
 
 
 class Limits(_Strict, frozen=True, kw_only=True):
-    new_series_per_hour: int = 10_000  #: per gateway; above it new points are dead letters and an alarm
-    skew_alarm_s: float = 300.0
-    max_inflight: int = 4_096  #: batches between the doors and the journal
-    memory_mb: int = 512
+    new_series_per_hour: Annotated[int, Meta(ge=1)] = (
+        10_000  #: per gateway; above it: dead letters and an alarm
+    )
+    skew_alarm_s: Seconds = 300.0
+    max_inflight: Annotated[int, Meta(ge=1, le=1_000_000)] = (
+        4_096  #: batches between the doors and the journal
+    )
+    memory_mb: Annotated[int, Meta(ge=128, le=1_048_576)] = 512
 
 
 class Cloud(_Strict, frozen=True, kw_only=True):
@@ -118,3 +131,79 @@ class Cloud(_Strict, frozen=True, kw_only=True):
     influxdb: InfluxDB | None = None
     mysql: MySQL | None = None
     limits: Limits = Limits()
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """Values that are each allowed and cannot stand together: where, what, and what to change."""
+
+    path: str
+    text: str
+
+
+def conflicts(config: Cloud) -> list[Conflict]:
+    """Everything that keeps this configuration from being used, by the values alone (no file is opened)."""
+    found: list[Conflict] = []
+
+    def wrong(path: str, text: str) -> None:
+        found.append(Conflict(path, text))
+
+    server = config.server
+    if (server.tls_cert_file is None) != (server.tls_key_file is None):
+        missing = "tls_key_file" if server.tls_key_file is None else "tls_cert_file"
+        wrong(f"server.{missing}", "is missing: a certificate and its key come together")
+    elif server.tls_cert_file is None and not _loopback(server.host):
+        wrong(
+            "server.host",
+            f"{server.host} is not loopback, and plaintext is refused there; set tls_cert_file and tls_key_file",
+        )
+    if config.mqtt is not None:
+        if not config.mqtt.tls and not _loopback(config.mqtt.host):
+            wrong(
+                "mqtt.tls",
+                f"{config.mqtt.host} is not loopback, and plaintext is refused there; set tls = true",
+            )
+        if config.mqtt.password_file is None and config.mqtt.password_env is None:
+            wrong("mqtt.password_file", "is missing: give password_file or password_env; there is no default")
+    seen: dict[tuple[str, str], int] = {}
+    for i, gateway in enumerate(config.gateway):
+        first = seen.setdefault((gateway.tenant, gateway.name), i)
+        if first != i:
+            wrong(f"gateway[{i}].name", f"{gateway.tenant}/{gateway.name} is already gateway[{first}]")
+        if gateway.token_file is None and gateway.token_env is None:
+            wrong(f"gateway[{i}].token_file", "is missing: give token_file or token_env; there is no default")
+    if (
+        config.influxdb is not None
+        and config.influxdb.token_file is None
+        and config.influxdb.token_env is None
+    ):
+        wrong("influxdb.token_file", "is missing: give token_file or token_env; there is no default")
+    if config.mysql is not None:
+        if config.mysql.password_file is None and config.mysql.password_env is None:
+            wrong(
+                "mysql.password_file", "is missing: give password_file or password_env; there is no default"
+            )
+        if config.mysql.ca_file is None and not _loopback(config.mysql.host):
+            wrong(
+                "mysql.ca_file",
+                f"is missing: {config.mysql.host} is not loopback, and plaintext is refused there",
+            )
+    archive = config.archive
+    if archive.enabled and archive.endpoint is not None:
+        for key in ("access_key", "secret_key"):
+            if getattr(archive, f"{key}_file") is None and getattr(archive, f"{key}_env") is None:
+                wrong(f"archive.{key}_file", f"is missing: give {key}_file or {key}_env; there is no default")
+    if not (config.embedded.enabled or archive.enabled or config.influxdb or config.mysql):
+        wrong(
+            "embedded.enabled",
+            "no sink is left: the journal would fill and then refuse everything; enable one",
+        )
+    return found
+
+
+def _loopback(host: str) -> bool:
+    if host in ("localhost", "localhost."):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

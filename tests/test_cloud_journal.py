@@ -131,20 +131,22 @@ async def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 # --- full ---
 
 
+async def fill(journal: SqliteJournal) -> tuple[int, JournalFull]:
+    """Append until it refuses; how many it took, and what it said."""
+    for n in range(1, 2000):
+        try:
+            await journal.append([entry(n, n, size_bytes=20_000)])
+        except JournalFull as err:
+            return n - 1, err
+    raise AssertionError("never full")
+
+
 async def test_at_its_cap_it_refuses_and_recovers_by_itself_once_the_sinks_have_moved_on(
     tmp_path: Path,
 ) -> None:
     journal = SqliteJournal(tmp_path / "j.db", max_bytes=4 * MIB, free_disk_bytes=0, commit_interval_s=0.0)
     await journal.open()
-    held = 0
-    full: JournalFull | None = None
-    while full is None and held < 2000:
-        try:
-            await journal.append([entry(held + 1, held + 1, size_bytes=20_000)])
-            held += 1
-        except JournalFull as err:
-            full = err
-    assert full is not None
+    held, full = await fill(journal)
     assert full.retry_after_s > 0
     assert "max_mb" in str(full)
     assert journal.trouble is not None

@@ -599,6 +599,15 @@ class SqliteJournal:
         return JournalState(first, self._last, self._used_bytes + self._wal_size(), oldest)
 
     @property
+    def used_bytes(self) -> int:
+        """Of `capacity_bytes`; at that, appends are refused."""
+        return self._used_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._page_bytes
+
+    @property
     def last_offset(self) -> int:
         """The newest committed offset, 0 where there was never one."""
         return self._last

@@ -1,0 +1,145 @@
+"""`headgate-cloud`: one thin group; each command's module is loaded when it is called, so that help answers at once.
+
+Rule: a secret is never an argument; `token` writes one to a file that only its owner can read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Final
+
+import click
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+#: Commands that live in modules of their own: name -> (module, one line of help). A module holds a click command of
+#: the same name (dashes as underscores).
+ELSEWHERE: Final = {
+    "gateways": ("cloud.commands_gateways", "The gateways: when last seen, what they sent, how they are."),
+    "readings": (
+        "cloud.commands_readings",
+        "Readings by gateway, device, point and time; as a table, JSON or CSV.",
+    ),
+    "dead-letters": ("cloud.commands_dead_letters", "What a sink refused: list, show, replay, drop."),
+    "verify": ("cloud.commands_verify", "Check that what was received is in every sink."),
+}
+
+
+class _Lazy(click.Command):
+    """Stands for a command of another module: its help line is known here, the rest is loaded when it is called."""
+
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help, add_help_option=False)
+        self._module = module
+
+    def real(self) -> click.Command:
+        found = getattr(importlib.import_module(self._module), str(self.name).replace("-", "_"))
+        if not isinstance(found, click.Command):
+            raise TypeError(f"{self._module} has no command {self.name!r}")
+        return found
+
+
+class _Group(click.Group):
+    """A group that also knows the commands of `ELSEWHERE` that are here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *(name for name in ELSEWHERE if self._here(name))])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE and self._here(cmd_name):
+            module, text = ELSEWHERE[cmd_name]
+            return _Lazy(cmd_name, module, text)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.real() if isinstance(command, _Lazy) else command, rest
+
+    @staticmethod
+    def _here(name: str) -> bool:
+        return importlib.util.find_spec(ELSEWHERE[name][0]) is not None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="headgate", prog_name="headgate-cloud")
+def main() -> None:
+    """The receiving side of Headgate: takes batches from gateways, keeps them, and fills your databases."""
+
+
+@main.command()
+@click.argument("file", type=FILE, required=False)
+@click.option("--config", "config_file", type=FILE, help="The configuration (TOML).")
+def serve(file: Path | None, config_file: Path | None) -> None:
+    """Run the cloud until SIGTERM: doors, journal, sinks, operator's API.
+
+    FILE is the configuration; `--config FILE` says the same.
+    """
+    chosen = file or config_file
+    if chosen is None:
+        raise click.UsageError("which configuration? headgate-cloud serve --config FILE")
+    from cloud.dead_letters import DeadLettersError
+    from cloud.journal.contract import JournalError
+    from cloud.preflight import load_config
+    from cloud.server import ServeError, configure_logging
+    from cloud.server import serve as run
+    from config.load import ConfigFileError
+    from sync.identity import IdentityError
+
+    try:
+        config = load_config(chosen)
+        configure_logging(config.server.log_level)
+        run(config)
+    except (ConfigFileError, IdentityError, JournalError, DeadLettersError, ServeError) as err:
+        raise click.ClickException(str(err)) from err
+
+
+@main.group()
+def config() -> None:
+    """Look at a configuration without using it."""
+
+
+@config.command()
+@click.argument("file", type=FILE)
+def check(file: Path) -> None:
+    """Say whether FILE can be used, and if not, where it is wrong and what is allowed there."""
+    from cloud.preflight import load_config, missing_secrets
+    from config.load import ConfigFileError
+
+    try:
+        loaded = load_config(file)
+    except ConfigFileError as err:
+        raise click.ClickException(str(err)) from err
+    missing = missing_secrets(loaded)
+    if missing:
+        click.echo(f"note: on this machine {missing}", err=True)
+    click.echo(f"{file}: ok")
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def token(file: Path) -> None:
+    """Write a new random credential to FILE, readable by its owner only. An existing file is left alone."""
+    import os
+    import secrets
+
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as err:
+        raise click.ClickException(
+            f"{file} exists; a credential is never overwritten: remove it first"
+        ) from err
+    except OSError as err:
+        raise click.ClickException(f"{file}: {err.strerror}") from err
+    with os.fdopen(fd, "w") as out:
+        out.write(secrets.token_urlsafe(32) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    click.echo(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()

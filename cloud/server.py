@@ -1,0 +1,408 @@
+"""`headgate-cloud serve`: the whole cloud in one process, built from its configuration.
+
+Rules:
+1. One task group owns every task, and each has a name. A sink's trouble stays with its sink.
+2. Start: secrets, journal, dead letters, sinks' tasks, then the doors: nothing is accepted before it can be held.
+3. Stop (SIGTERM, SIGINT): the doors first, then the sinks get `drain_s` to finish, then the journal is closed; exit 0.
+   What a sink had not finished is in the journal, and goes on from its cursor at the next start.
+4. A full journal is trimmed as soon as every sink is past its oldest entries, without anybody's help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from cloud.dead_letters import DeadLetters
+from cloud.http import Credentials, HttpDoor
+from cloud.intake import Intake
+from cloud.journal.sqlite import SqliteJournal
+from cloud.metrics import Gauges, Metrics, exposition
+from cloud.preflight import Secrets, read_secrets
+from cloud.runner import SinkRunner
+from cloud.sinks.contract import Sink
+from config.cloud import Cloud
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from cloud.mqtt import MqttDoor
+
+log = logging.getLogger(__name__)
+
+MIB: Final = 1024 * 1024
+TRIM_INTERVAL_S: Final = 3600.0
+PRESSURE_INTERVAL_S: Final = 5.0
+PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever `keep_hours` says
+TRIM_TO: Final = 0.75
+RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
+HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
+SINK_NAMES: Final = ("embedded", "archive", "influxdb", "mysql")
+
+
+class ServeError(Exception):
+    """The server cannot start or go on; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the operator's API is built on."""
+
+    config: Cloud
+    secrets: Secrets
+    journal: SqliteJournal
+    dead_letters: DeadLetters
+    runners: tuple[SinkRunner, ...]
+    metrics: Metrics
+
+
+class CloudServer:
+    """Build, then `run()` once. `started` is set when the doors are open; `stop()` may be called from a signal."""
+
+    def __init__(self, config: Cloud) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.started = asyncio.Event()
+        self.address: tuple[str, int] = ("", 0)  #: where HTTP listens, once started
+        self._stop = asyncio.Event()
+        self._trimmed = 0
+        self._mqtt: MqttDoor | None = None
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises `ServeError`, `JournalError`, `DeadLettersError`, `IdentityError`."""
+        config = self.config
+        secrets = read_secrets(config)
+        data_dir = Path(config.server.data_dir)
+        journal = SqliteJournal(
+            data_dir / "journal.db",
+            max_bytes=config.journal.max_mb * MIB,
+            free_disk_bytes=config.journal.free_disk_mb * MIB,
+            commit_interval_s=config.journal.commit_interval_ms / 1000,
+        )
+        dead_letters = DeadLetters(data_dir / "dead_letters.db")
+        async with contextlib.AsyncExitStack() as stack:
+            await journal.open()
+            stack.push_async_callback(journal.close)
+            await dead_letters.open()
+            stack.push_async_callback(dead_letters.close)
+            runners = tuple(SinkRunner(sink, journal, dead_letters) for sink in build_sinks(config))
+            services = Services(config, secrets, journal, dead_letters, runners, self.metrics)
+            await self._serve(services)
+
+    async def _serve(self, services: Services) -> None:
+        config = self.config
+        intake = Intake(
+            services.journal,
+            services.journal,
+            self.metrics,
+            max_inflight=config.limits.max_inflight,
+            # A quarter of what the process may take: the journal's queue, the doors and the sinks have theirs.
+            max_inflight_bytes=config.limits.memory_mb * MIB // 4,
+        )
+        door = HttpDoor(
+            intake, Credentials(services.secrets.gateways), self.metrics, self._application(services)
+        )
+        listener = _listen(config)
+        self.address = listener.getsockname()[:2]
+        http = _http_server(config, door)
+        self._mqtt = self._mqtt_door(intake, services.secrets)
+        async with asyncio.TaskGroup() as group:
+            sinks = [
+                group.create_task(_supervise(runner, self._stop), name=f"sink[{runner.sink.name}]")
+                for runner in services.runners
+            ]
+            jobs = self._schedule(services)
+            serving = group.create_task(_serve_http(http, listener), name="http")
+            mqtt = group.create_task(self._mqtt.run(), name="mqtt") if self._mqtt else None
+            scheme = "https" if config.server.tls_cert_file else "http"
+            log.info("listening on %s://%s:%d, data in %s", scheme, *self.address, config.server.data_dir)
+            self.started.set()
+            stopping = group.create_task(self._stop.wait(), name="stop")
+            await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping: the doors are closed, sinks have %g s", config.server.drain_s)
+            self._stop.set()
+            jobs()
+            door.closing = True
+            if self._mqtt is not None and mqtt is not None:
+                await self._mqtt.stop()
+                mqtt.cancel()
+            http.should_exit = True
+            await self._drain(services)
+            for task in sinks:
+                task.cancel()
+        log.info("stopped")
+
+    async def _drain(self, services: Services) -> None:
+        """All sinks at once: each has the whole time."""
+        names = [runner.sink.name for runner in services.runners]
+        done = await asyncio.gather(
+            *(runner.drain(self.config.server.drain_s) for runner in services.runners)
+        )
+        late = [name for name, settled in zip(names, done, strict=True) if not settled]
+        if late:
+            log.warning("not drained in time, the journal keeps the rest: %s", ", ".join(late))
+
+    def _mqtt_door(self, intake: Intake, secrets: Secrets) -> MqttDoor | None:
+        settings = self.config.mqtt
+        if settings is None or secrets.broker is None:
+            return None
+        from cloud.mqtt import MqttDoor
+
+        limits = self.config.limits
+        return MqttDoor(
+            settings, secrets.broker, intake, self.metrics,
+            max_waiting=limits.max_inflight, max_waiting_bytes=limits.memory_mb * MIB // 8,
+        )  # fmt: skip
+
+    # --- jobs ---
+
+    def _schedule(self, services: Services) -> Callable[[], None]:
+        """Starts the slow jobs; returns what ends them."""
+        from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+        logging.getLogger("apscheduler").setLevel(logging.WARNING)
+        scheduler = AsyncIOScheduler(timezone="UTC")
+        options = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+        scheduler.add_job(
+            self._trim,
+            "interval",
+            (services, 1.0),
+            seconds=TRIM_INTERVAL_S,
+            jitter=60,
+            name="trim",
+            **options,
+        )
+        scheduler.add_job(
+            self._trim,
+            "interval",
+            (services, PRESSURE_AT),
+            seconds=PRESSURE_INTERVAL_S,
+            name="pressure",
+            **options,
+        )
+        scheduler.start()
+        return lambda: scheduler.shutdown(wait=False)
+
+    async def _trim(self, services: Services, only_above: float) -> None:
+        """Remove what is no longer needed: by age each hour (`only_above` 1.0), by size as soon as it gets tight."""
+        journal = services.journal
+        hourly = only_above == 1.0
+        if not hourly and journal.used_bytes < journal.capacity_bytes * only_above:
+            return
+        removed = await journal.trim(
+            [runner.sink.name for runner in services.runners],
+            keep_s=self.config.journal.keep_hours * 3600,
+            max_bytes=int(journal.capacity_bytes * TRIM_TO),
+        )
+        self._trimmed += removed
+        if removed:
+            log.info("journal trimmed: %d entries", removed)
+
+    # --- what is asked about the server itself ---
+
+    def _application(self, services: Services) -> FastAPI:
+        from fastapi import FastAPI, Response
+
+        app = FastAPI(
+            title="Headgate", version="1", openapi_url="/v1/openapi.json", docs_url="/v1/docs", redoc_url=None
+        )
+
+        async def healthz() -> Response:
+            """Alive: the loop turns."""
+            return Response("ok\n", media_type="text/plain")
+
+        async def readyz() -> Response:
+            """Whether batches can be taken now, and how each sink stands."""
+            ready = await self._ready(services)
+            return Response(
+                msgspec.json.encode(ready),
+                status_code=200 if ready.ready else 503,
+                media_type="application/json",
+            )
+
+        async def metrics() -> Response:
+            """Prometheus text."""
+            text = exposition(self.metrics, await self._gauges(services))
+            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+        for path, answer in (("/healthz", healthz), ("/readyz", readyz), ("/metrics", metrics)):
+            app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
+        if importlib.util.find_spec("cloud.api.routes") is not None:
+            importlib.import_module("cloud.api.routes").mount(app, services)
+        return app
+
+    async def _ready(self, services: Services) -> Ready:
+        trouble = services.journal.trouble
+        states = [await runner.state() for runner in services.runners]
+        mqtt = None if self._mqtt is None else "connected" if self._mqtt.connected else self._mqtt.trouble
+        return Ready(
+            ready=trouble is None,
+            journal="ok" if trouble is None else trouble,
+            mqtt=mqtt,
+            sinks=[SinkReady(s.name, s.word, round(s.lag_s, 3), s.error) for s in states],
+        )
+
+    async def _gauges(self, services: Services) -> Gauges:
+        journal = services.journal
+        state = await journal.state()
+        oldest_s = (
+            0.0 if state.oldest_received_at_ns is None else time.time() - state.oldest_received_at_ns / 1e9
+        )
+        letters: dict[str, int] = {runner.sink.name: 0 for runner in services.runners}
+        for row in await services.dead_letters.by_gateway():
+            letters[row.sink] = letters.get(row.sink, 0) + row.letters
+        return Gauges(
+            journal_bytes=state.size_bytes,
+            journal_max_bytes=journal.max_bytes,
+            journal_last_offset=state.last_offset,
+            journal_oldest_age_s=max(0.0, oldest_s),
+            journal_ok=journal.trouble is None,
+            broker_connected=None if self._mqtt is None else self._mqtt.connected,
+            sinks=tuple([await runner.state() for runner in services.runners]),
+            dead_letters=tuple(sorted(letters.items())),
+            dead_letters_dropped=(await services.dead_letters.state()).dropped,
+            trimmed=self._trimmed,
+            memory_bytes=_resident_bytes(),
+        )
+
+
+class SinkReady(msgspec.Struct, frozen=True):
+    name: str
+    state: str
+    lag_s: float
+    error: str
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The body of /readyz. A sink that is down is shown and does not make the server unready: the journal holds on."""
+
+    ready: bool
+    journal: str
+    mqtt: str | None
+    sinks: list[SinkReady]
+
+
+async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:
+    """One sink's task. Its own errors it deals with itself; a fault of ours in it must not take the doors along."""
+    while not stop.is_set():
+        try:
+            await runner.run()
+        except Exception:  # a bug in one sink must stop neither the doors nor the other sinks
+            log.exception(
+                "sink %s ended by a fault; it is started again in %g s", runner.sink.name, RESTART_S
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESTART_S):
+                    await stop.wait()
+
+
+def build_sinks(config: Cloud) -> list[Sink]:
+    """The sinks that the configuration asks for; what a sink needs is imported only then."""
+    sinks: list[Sink] = []
+    return sinks
+
+
+# --- HTTP ---
+
+
+def _listen(config: Cloud) -> socket.socket:
+    host, port = config.server.host, config.server.port
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+    except OSError as err:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {err.strerror}; change server.host or server.port"
+        ) from err
+
+
+def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # signals are ours (`serve`)
+
+    settings = uvicorn.Config(
+        door,
+        http="httptools",
+        loop="none",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=75,  # longer than an agent's heartbeat: its connection stays
+        timeout_graceful_shutdown=int(HTTP_GRACE_S),
+        ssl_certfile=config.server.tls_cert_file,
+        ssl_keyfile=config.server.tls_key_file,
+    )
+    try:
+        settings.load()
+    except (OSError, ssl.SSLError) as err:
+        raise ServeError(
+            f"server.tls_cert_file, server.tls_key_file: {err}; a PEM certificate and its key"
+        ) from err
+    if settings.ssl is not None:
+        settings.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    return Server(settings)
+
+
+async def _serve_http(http: uvicorn.Server, listener: socket.socket) -> None:
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        await http.serve(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _resident_bytes() -> int:
+    # /proc/self/statm: size, resident, ... in pages (proc(5)).
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- the program ---
+
+
+def serve(config: Cloud) -> None:
+    """Run until SIGTERM or SIGINT. Raises what `CloudServer.run` raises."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_signal(config))
+
+
+async def _until_signal(config: Cloud) -> None:
+    server = CloudServer(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    await server.run()
+
+
+def configure_logging(level: str) -> None:
+    """One line per event, to stderr: the service manager stamps and keeps it."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
+    )
+    logging.Formatter.converter = time.gmtime
