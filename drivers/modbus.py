@@ -42,7 +42,7 @@ from drivers.contract import (
     ValueType,
     boot_ns,
 )
-from drivers.modbus_line import Address, Failure, Line, Reply, Request, SerialPort, TcpPort, line_of
+from drivers.modbus_line import Address, Failure, Line, Replies, Reply, Request, SerialPort, TcpPort, line_of
 from drivers.modbus_plan import LAST_ADDRESS, MAX_BITS, MAX_REGISTERS, Block, Limits, Span, Table
 
 _TCP_TIMEOUT_MS: Final = 1000
@@ -154,14 +154,14 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             raise DeviceUnreachable("not connected")
         if len(asked.works) == 1 and not asked.refused:
             # The usual case, and the one that has to be fast: one request holds all points.
+            work = asked.works[0]
             outcome = await line.exchange(asked.requests)
             reply = outcome.replies[0]
-            if type(reply) is bytes:
-                work = asked.works[0]
+            if type(reply) is bytes and work.together:
                 values, reasons = work.decoder.decode(reply)
-                if work.together:
-                    return Scan(outcome.taken_at_ns, asked.points, values, reasons or {})
-        return await self._read_blocks(line, asked)
+                return Scan(outcome.taken_at_ns, asked.points, values, reasons or {})
+            return await self._read_blocks(line, asked, outcome)
+        return await self._read_blocks(line, asked, None)
 
     async def write(self, point: ModbusPoint, value: Value) -> None:
         line = self._line
@@ -182,7 +182,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
 
     # ------------------------------------------------------------------------------------ reading
 
-    async def _read_blocks(self, line: Line, asked: _Asked) -> Scan:
+    async def _read_blocks(self, line: Line, asked: _Asked, first: Replies | None) -> Scan:
+        """`first` is what has been asked of the only block already."""
         values: list[Value | None] = [None] * len(asked.points)
         reasons: dict[int, Reason] = dict.fromkeys(asked.refused, Reason.REFUSED)
         turn = self._turn % max(1, len(asked.works))
@@ -192,7 +193,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         taken_at_ns = 0
         while queue:
             try:
-                outcome = await line.exchange([work.request for work in queue])
+                outcome, first = first or await line.exchange([work.request for work in queue]), None
             except DeviceUnreachable as err:
                 if not answers:
                     raise

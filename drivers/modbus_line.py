@@ -385,11 +385,11 @@ class Line:
         """Ask the series. Raises `DeviceUnreachable` if the line is not open."""
         async with self._lock:
             wire = self._wire
+            if isinstance(wire, _RtuWire):
+                await self._silence(wire)
             if wire is None or wire.lost_because is not None:
                 because = wire.lost_because if wire else "not open"
                 raise DeviceUnreachable(f"{self.address}: {because}")
-            if isinstance(wire, _RtuWire):
-                await self._silence(wire)
             try:
                 return await wire.ask(series)
             finally:
@@ -463,6 +463,9 @@ class Line:
             if now_s >= quiet_from_s or now_s >= give_up_s:
                 return
             await asyncio.sleep(quiet_from_s - now_s)
+            # If the loop was held up, what came meanwhile is still in the kernel: a whole turn brings it in.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
 
 _lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Line]] = weakref.WeakKeyDictionary()

@@ -14,6 +14,7 @@ import tty
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from pymodbus.constants import ExcCodes
 from pymodbus.framer import FramerType
@@ -177,6 +178,7 @@ class ScriptedSlave:
         self.script: list[str] = []
         self.late_s = late_s
         self.requests = 0
+        self.asked_at_s: list[float] = []  #: loop time of each request
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._master, self._slave = pty.openpty()
@@ -186,6 +188,8 @@ class ScriptedSlave:
         self._loop.add_reader(self._master, self._readable)
 
     def close(self) -> None:
+        if self._master < 0:
+            return
         self._loop.remove_reader(self._master)
         os.close(self._master)
         os.close(self._slave)
@@ -200,6 +204,7 @@ class ScriptedSlave:
         while len(self._buffer) >= 8:
             request, self._buffer = self._buffer[:8], self._buffer[8:]
             self.requests += 1
+            self.asked_at_s.append(self._loop.time())
             self._answer(request, self.script.pop(0) if self.script else "ok")
 
     def _answer(self, request: bytes, how: str) -> None:
@@ -243,6 +248,98 @@ class ScriptedSlave:
     def _write(self, data: bytes) -> None:
         if self._master >= 0:
             os.write(self._master, data)
+
+
+class ScriptedTcp:
+    """A Modbus TCP server that does, for each request, what the script says next ('ok' when it is empty).
+
+    ok · none · late · stale · other_unit · other_function · short_count · busy · gateway · split · garbage · close ·
+    truncated
+
+    Register n holds n. `async with` serves it; `connections` counts who came.
+    """
+
+    def __init__(self, *, late_s: float = 0.0) -> None:
+        self.script: list[str] = []
+        self.late_s = late_s
+        self.requests = 0
+        self.connections = 0
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.add(writer)
+        try:
+            while True:
+                head = await reader.readexactly(7)
+                pdu = await reader.readexactly(struct.unpack(">H", head[4:6])[0] - 1)
+                self.requests += 1
+                await self._answer(
+                    writer, head[:2], head[6], pdu, self.script.pop(0) if self.script else "ok"
+                )
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _answer(
+        self, writer: asyncio.StreamWriter, tid: bytes, unit: int, pdu: bytes, how: str
+    ) -> None:
+        address, count = struct.unpack(">HH", pdu[1:5])
+        data = b"".join(struct.pack(">H", (address + i) & 0xFFFF) for i in range(count))
+        body = bytes([pdu[0], len(data)]) + data
+
+        def frame(body: bytes, tid: bytes = tid, unit: int = unit) -> bytes:
+            return tid + struct.pack(">HHB", 0, len(body) + 1, unit) + body
+
+        right = frame(body)
+        match how:
+            case "ok":
+                writer.write(right)
+            case "none":
+                pass
+            case "late":
+                asyncio.get_running_loop().call_later(self.late_s, writer.write, right)
+            case "stale":
+                before = struct.pack(">H", (struct.unpack(">H", tid)[0] - 1) & 0xFFFF)
+                writer.write(frame(bytes([pdu[0], len(data)]) + b"\xee" * len(data), tid=before) + right)
+            case "other_unit":
+                writer.write(frame(body, unit=unit + 1))
+            case "other_function":
+                writer.write(frame(bytes([pdu[0] ^ 7]) + body[1:]))
+            case "short_count":
+                writer.write(frame(bytes([pdu[0], len(data) - 2]) + data[2:]))
+            case "busy":
+                writer.write(frame(bytes([pdu[0] | 0x80, 6])))
+            case "gateway":
+                writer.write(frame(bytes([pdu[0] | 0x80, 11])))
+            case "split":
+                for byte in right:
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(0.001)
+            case "garbage":
+                writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            case "truncated":
+                writer.write(right[:-3])
+            case "close":
+                writer.close()
+            case _:
+                raise AssertionError(how)
 
 
 async def _serve(port: int, registers: Sequence[int]) -> None:

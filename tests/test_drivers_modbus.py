@@ -1,0 +1,762 @@
+"""Modbus against pymodbus' own server (TCP, RTU over TCP, RTU on a pty) and against slaves that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import struct
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymodbus.constants import ExcCodes
+
+from drivers.contract import (
+    ConfigError,
+    DeviceUnreachable,
+    Driver,
+    PointRefused,
+    Reason,
+    Scan,
+    Value,
+    boot_ns,
+)
+from drivers.modbus import ModbusDriver, ModbusOptions, ModbusPoint
+from drivers.modbus_line import Failure, Request, _MbapWire, _RtuWire
+from drivers.modbus_plan import Table
+from drivers.registry import build
+from tests.fakes.modbus_peer import Peer, ScriptedSlave, ScriptedTcp, Unit, crc16, rtu_peer, tcp_peer
+
+FLOAT = list(struct.unpack(">HH", struct.pack(">f", 3.5)))
+
+
+def words(fmt: str, *values: float) -> list[int]:
+    raw = struct.pack(">" + fmt, *values)
+    return list(struct.unpack(f">{len(raw) // 2}H", raw))
+
+
+def point(name: str, register: int, type_: str = "u16", **keys: Value) -> dict[str, object]:
+    return {"name": name, "register": register, "type": type_, **keys}
+
+
+def registers(*numbers: int) -> list[dict[str, object]]:
+    return [point(f"r{n}", n) for n in numbers]
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    points: Sequence[dict[str, object]], **options: object
+) -> AsyncIterator[Driver[ModbusOptions, ModbusPoint]]:
+    driver = build(
+        "boiler", "modbus", {"host": "127.0.0.1", **options} if "serial" not in options else options, points
+    )
+    assert isinstance(driver, ModbusDriver)
+    try:
+        await driver.connect()
+        yield driver
+    finally:
+        await driver.close()
+
+
+def told(scan: Scan) -> dict[str, Value | Reason | None]:
+    """Each point's value, or the reason why it has none."""
+    assert len(scan.values) == len(scan.points)
+    return {
+        p.name: scan.reasons.get(i, v) for i, (p, v) in enumerate(zip(scan.points, scan.values, strict=True))
+    }
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+@contextlib.asynccontextmanager
+async def plant(kind: str, unit: Unit, number: int = 1) -> AsyncIterator[tuple[Peer, dict[str, object]]]:
+    if kind == "rtu":
+        async with rtu_peer({number: unit}) as peer:
+            yield peer, {"serial": peer.path, "baud": 115200, "parity": "none", "unit": number}
+        return
+    async with tcp_peer({number: unit}, rtu=kind == "rtu_over_tcp") as peer:
+        yield peer, {"port": peer.port, "framing": kind, "unit": number}
+
+
+@pytest.mark.parametrize("kind", ["tcp", "rtu", "rtu_over_tcp"])
+async def test_all_tables_and_types_are_read_with_one_request_a_table(kind: str) -> None:
+    unit = Unit(
+        holding=[7, 65535, *FLOAT, *words("d", -2.25), *words("q", -9), 0x4865, 0x6C6F, 0x8001],
+        input=[*words("f", 1.5)[::-1], 42],
+        coils=[True, False, False, True],
+        discrete=[False, True],
+    )
+    points = [
+        point("u16", 0),
+        point("i16", 1, "i16"),
+        point("f32", 2, "f32"),
+        point("f64", 4, "f64"),
+        point("i64", 8, "i64"),
+        point("text", 12, "str", length=4),
+        point("bit15", 14, "bool", bit=15),
+        point("bit1", 14, bit=1),
+        point("swapped", 0, "f32", table="input", order="CDAB"),
+        point("answer", 2, table="input"),
+        point("coil", 3, table="coil"),
+        point("contact", 1, "bool", table="discrete"),
+    ]
+    async with plant(kind, unit, 17) as (peer, options), connected(points, **options) as driver:
+        scan = await driver.read(driver.points)
+        assert scan.values == [7, -1, 3.5, -2.25, -9, "Helo", True, False, 1.5, 42, True, True]
+        assert scan.reasons == {}
+        assert sorted(peer.asked) == [(17, 1, 3, 1), (17, 2, 1, 1), (17, 3, 0, 15), (17, 4, 0, 3)]
+
+
+async def test_a_hundred_and_twenty_five_registers_are_one_request_and_a_later_read_sees_new_values() -> None:
+    unit = Unit(holding=list(range(200)))
+    async with tcp_peer({1: unit}) as peer, connected(registers(*range(125)), port=peer.port) as driver:
+        assert list((await driver.read(driver.points)).values) == list(range(125))
+        unit.holding[3] = 999
+        assert (await driver.read(driver.points)).values[3] == 999
+        assert peer.asked == [(1, 3, 0, 125)] * 2
+
+
+async def test_points_are_read_in_the_order_asked_whatever_their_addresses() -> None:
+    async with (
+        tcp_peer({1: Unit(holding=list(range(400)))}) as peer,
+        connected(registers(300, 5, 299, 1, 150), port=peer.port) as driver,
+    ):
+        assert list((await driver.read(driver.points)).values) == [300, 5, 299, 1, 150]
+        assert list((await driver.read(driver.points[::-1])).values) == [150, 1, 299, 5, 300]
+        assert list((await driver.read(driver.points[3:4])).values) == [1]
+
+
+async def test_a_scan_is_stamped_when_its_last_reply_arrives() -> None:
+    async with ScriptedTcp(late_s=0.15) as peer, connected(registers(0, 200), port=peer.port) as driver:
+        peer.script = ["late", "late"]
+        begun_ns = boot_ns()
+        scan = await driver.read(driver.points)
+        assert scan.taken_at_ns - begun_ns >= 0.28e9
+        assert boot_ns() - scan.taken_at_ns < 0.1e9
+
+
+async def test_a_block_that_gets_no_answer_does_not_move_the_time_of_those_that_did() -> None:
+    async with ScriptedTcp() as peer, connected(registers(0, 200), port=peer.port, timeout_ms=300) as driver:
+        peer.script = ["ok", "none"]
+        scan = await driver.read(driver.points)
+        assert told(scan) == {"r0": 0, "r200": Reason.TIMEOUT}
+        assert boot_ns() - scan.taken_at_ns >= 0.25e9
+
+
+# ------------------------------------------------------------------------------------- the device refuses
+
+
+@pytest.mark.parametrize("code", [ExcCodes.DEVICE_BUSY, ExcCodes.DEVICE_FAILURE, ExcCodes.ILLEGAL_FUNCTION])
+async def test_an_exception_is_a_reason_and_never_a_zero(code: ExcCodes) -> None:
+    unit = Unit(holding=[5] * 300, judge=lambda function, address, count: code if address == 200 else None)
+    async with tcp_peer({1: unit}) as peer, connected(registers(0, 200, 201), port=peer.port) as driver:
+        scan = await driver.read(driver.points)
+        assert told(scan) == {"r0": 5, "r200": Reason.EXCEPTION, "r201": Reason.EXCEPTION}
+        assert scan.values == [5, None, None]
+
+
+async def test_a_refused_address_is_found_by_halving_and_all_others_stay_good() -> None:
+    bad = {17, 90}
+
+    def judge(function: int, address: int, count: int) -> ExcCodes | None:
+        return ExcCodes.ILLEGAL_ADDRESS if bad & set(range(address, address + count)) else None
+
+    async with (
+        tcp_peer({1: Unit(holding=list(range(100)), judge=judge)}) as peer,
+        connected(registers(*range(100)), port=peer.port) as driver,
+    ):
+        first = told(await driver.read(driver.points))
+        assert {name for name, value in first.items() if value is Reason.REFUSED} == {"r17", "r90"}
+        assert all(first[f"r{n}"] == n for n in range(100) if n not in bad)
+        assert len(peer.asked) <= 4 * 7 + 1  # two searches of log2(100) halvings, both halves asked
+        peer.asked.clear()
+        assert told(await driver.read(driver.points)) == first
+        assert sorted(peer.asked) == [
+            (1, 3, 0, 17),
+            (1, 3, 18, 72),
+            (1, 3, 91, 9),
+        ]  # joined around them, not asked again
+        # After a connect it is asked anew: it may be another device, or one that was mended.
+        bad.clear()
+        await driver.connect()
+        assert told(await driver.read(driver.points)) == {f"r{n}": n for n in range(100)}
+
+
+async def test_a_hole_the_device_refuses_is_read_around() -> None:
+    def judge(function: int, address: int, count: int) -> ExcCodes | None:
+        return ExcCodes.ILLEGAL_ADDRESS if address <= 5 < address + count else None
+
+    async with (
+        tcp_peer({1: Unit(holding=list(range(100)), judge=judge)}) as peer,
+        connected(registers(0, 1, 9, 10), port=peer.port) as driver,
+    ):
+        for _ in range(3):
+            assert told(await driver.read(driver.points)) == {"r0": 0, "r1": 1, "r9": 9, "r10": 10}
+        peer.asked.clear()
+        await driver.read(driver.points)
+        assert peer.asked == [(1, 3, 0, 2), (1, 3, 9, 2)]
+
+
+async def test_a_device_that_takes_shorter_requests_only_is_read_in_parts() -> None:
+    def judge(function: int, address: int, count: int) -> ExcCodes | None:
+        return ExcCodes.ILLEGAL_VALUE if count > 40 else None
+
+    async with (
+        tcp_peer({1: Unit(holding=list(range(125)), judge=judge)}) as peer,
+        connected(registers(*range(125)), port=peer.port) as driver,
+    ):
+        for _ in range(3):
+            assert list((await driver.read(driver.points)).values) == list(range(125))
+
+
+async def test_a_gateway_that_cannot_reach_the_unit_makes_the_device_unreachable() -> None:
+    async with ScriptedTcp() as peer, connected(registers(0), port=peer.port) as driver:
+        peer.script = ["gateway"]
+        with pytest.raises(DeviceUnreachable, match="gateway does not reach unit 1") as failed:
+            await driver.read(driver.points)
+        assert failed.value.reason is Reason.EXCEPTION
+        assert told(await driver.read(driver.points)) == {"r0": 0}
+
+
+# ------------------------------------------------------------------------------------------ faults on TCP
+
+
+async def test_a_silent_device_is_unreachable_by_timeout() -> None:
+    async with (
+        ScriptedTcp() as peer,
+        connected(registers(0, 200, 400), port=peer.port, timeout_ms=100) as driver,
+    ):
+        peer.script = ["none"] * 3
+        with pytest.raises(DeviceUnreachable, match="unit 1 does not answer") as failed:
+            await driver.read(driver.points)
+        assert failed.value.reason is Reason.TIMEOUT
+        assert peer.requests == 2  # after two silences the rest is not tried
+
+
+async def test_a_connection_that_may_be_half_open_is_made_anew() -> None:
+    async with ScriptedTcp() as peer, connected(registers(0), port=peer.port, timeout_ms=100) as driver:
+        peer.script = ["none"]
+        with pytest.raises(DeviceUnreachable):
+            await driver.read(driver.points)
+        await driver.connect()
+        assert told(await driver.read(driver.points)) == {"r0": 0}
+        assert peer.connections == 2
+
+
+async def test_a_device_silent_about_some_addresses_is_read_at_the_others_in_the_end() -> None:
+    async with (
+        ScriptedTcp() as peer,
+        connected(registers(0, 200, 400), port=peer.port, timeout_ms=100) as driver,
+    ):
+        peer.script = ["none", "none"]
+        with pytest.raises(DeviceUnreachable):
+            await driver.read(driver.points)
+        peer.script = ["ok", "none", "none"]
+        assert told(await driver.read(driver.points)) == {
+            "r0": Reason.TIMEOUT,
+            "r200": Reason.TIMEOUT,
+            "r400": 400,
+        }
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("stale", None),
+        ("split", None),
+        ("other_unit", Reason.FRAMING),
+        ("other_function", Reason.FRAMING),
+        ("short_count", Reason.FRAMING),
+        ("busy", Reason.EXCEPTION),
+        ("truncated", Reason.FRAMING),
+    ],
+)
+async def test_tcp_only_the_reply_that_was_asked_for_counts(fault: str, reason: Reason | None) -> None:
+    async with (
+        ScriptedTcp() as peer,
+        connected(registers(10, 11, 12), port=peer.port, timeout_ms=150) as driver,
+    ):
+        peer.script = [fault]
+        scan = await driver.read(driver.points)
+        assert set(scan.reasons.values()) == ({reason} if reason else set())
+        if reason is None:
+            assert list(scan.values) == [10, 11, 12]
+
+
+async def test_tcp_a_late_reply_is_not_the_next_ones() -> None:
+    async with (
+        ScriptedTcp(late_s=0.15) as peer,
+        connected(registers(0, 200), port=peer.port, timeout_ms=100) as driver,
+    ):
+        for _ in range(5):
+            peer.script = ["late", "ok"]
+            assert told(await driver.read(driver.points)) == {"r0": Reason.TIMEOUT, "r200": 200}
+
+
+@pytest.mark.parametrize(("fault", "text"), [("garbage", "not Modbus TCP"), ("close", "closed")])
+async def test_a_lost_connection_is_unreachable_until_connected_again(fault: str, text: str) -> None:
+    async with ScriptedTcp() as peer, connected(registers(3), port=peer.port) as driver:
+        peer.script = [fault]
+        scan: Scan | None = None
+        try:
+            scan = await driver.read(driver.points)
+        except DeviceUnreachable as err:
+            assert err.reason is Reason.DISCONNECTED  # noqa: PT017 - one of two lawful outcomes
+        assert scan is None or told(scan) == {"r3": Reason.FRAMING}
+        with pytest.raises(DeviceUnreachable, match=text):
+            await driver.read(driver.points)
+        await driver.connect()
+        assert told(await driver.read(driver.points)) == {"r3": 3}
+
+
+async def test_what_was_read_before_the_connection_broke_is_kept() -> None:
+    async with ScriptedTcp() as peer, connected(registers(3, 200, 400), port=peer.port) as driver:
+        peer.script = ["ok", "close"]
+        assert told(await driver.read(driver.points)) == {
+            "r3": 3,
+            "r200": Reason.DISCONNECTED,
+            "r400": Reason.DISCONNECTED,
+        }
+
+
+async def test_a_refused_connection_says_so() -> None:
+    async with ScriptedTcp() as peer:
+        port = peer.port
+    driver = build("boiler", "modbus", {"host": "127.0.0.1", "port": port}, registers(0))
+    with pytest.raises(DeviceUnreachable, match=rf"127.0.0.1:{port}: .*refused|Connect call failed"):
+        await driver.connect()
+    await driver.close()
+
+
+async def test_a_missing_serial_port_says_which() -> None:
+    driver = build("boiler", "modbus", {"serial": "/dev/no-such-port"}, registers(0))
+    with pytest.raises(DeviceUnreachable, match="/dev/no-such-port"):
+        await driver.connect()
+    await driver.close()
+
+
+async def test_a_port_that_cannot_do_the_settings_is_a_configuration_error() -> None:
+    async with rtu_peer({1: Unit()}) as peer:
+        driver = build("boiler", "modbus", {"serial": peer.path, "parity": "even"}, registers(0))
+        with pytest.raises(ConfigError, match="does not take these settings"):
+            await driver.connect()
+        await driver.close()
+
+
+# ------------------------------------------------------------------------------------------ faults on RTU
+
+FAULTS = {
+    "none": Reason.TIMEOUT,
+    "late": Reason.TIMEOUT,
+    "crc": Reason.CRC,
+    "noise": None,
+    "noise_inside": Reason.CRC,
+    "truncated": Reason.FRAMING,
+    "other_unit": Reason.FRAMING,
+    "other_function": Reason.FRAMING,
+    "exception": Reason.EXCEPTION,
+    "busy": Reason.EXCEPTION,
+    "bytewise": None,
+    "echo": None,
+    "double": None,
+}
+TIMEOUT_MS = 60
+LATE_S = 0.09  #: after the timeout, before the line may be used again
+SLAVE = {"baud": 115200, "parity": "none", "timeout_ms": TIMEOUT_MS, "latest_reply_ms": 120}
+
+
+@contextlib.asynccontextmanager
+async def scripted(late_s: float = LATE_S) -> AsyncIterator[ScriptedSlave]:
+    slave = ScriptedSlave({n: 1000 + n for n in range(300)}, late_s=late_s)
+    try:
+        yield slave
+    finally:
+        slave.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_rtu_each_fault_has_its_reason_and_the_next_read_is_right(fault: str) -> None:
+    async with scripted() as slave, connected(registers(0, 1), serial=slave.path, **SLAVE) as driver:
+        for _ in range(2):
+            slave.script = [fault]
+            reason = FAULTS[fault]
+            if reason is Reason.TIMEOUT:
+                with pytest.raises(DeviceUnreachable) as failed:
+                    await driver.read(driver.points)
+                assert failed.value.reason is Reason.TIMEOUT
+            else:
+                scan = await driver.read(driver.points)
+                assert set(scan.reasons.values()) == ({reason} if reason else set())
+            assert told(await driver.read(driver.points)) == {"r0": 1000, "r1": 1001}
+
+
+async def test_rtu_a_late_reply_is_never_another_registers_value() -> None:
+    """The trap: no transaction id, so the late answer about r0 has just the form of the answer about r200."""
+    async with scripted() as slave, connected(registers(0, 200), serial=slave.path, **SLAVE) as driver:
+        for _ in range(20):
+            slave.script = ["late", "ok"]
+            assert told(await driver.read(driver.points)) == {"r0": Reason.TIMEOUT, "r200": 1200}
+
+
+async def test_rtu_the_line_stays_silent_until_no_reply_can_come() -> None:
+    async with scripted() as slave, connected(registers(0, 200), serial=slave.path, **SLAVE) as driver:
+        slave.script = ["late", "ok"]
+        await driver.read(driver.points)
+        assert slave.asked_at_s[1] - slave.asked_at_s[0] >= 0.115
+
+
+async def test_rtu_a_cancelled_read_owes_the_line_its_silence_too() -> None:
+    async with scripted() as slave, connected(registers(0, 200), serial=slave.path, **SLAVE) as driver:
+        for _ in range(5):
+            slave.script = ["late"]
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await driver.read(driver.points[:1])
+            assert told(await driver.read(driver.points[1:])) == {"r200": 1200}
+
+
+async def test_rtu_hundreds_of_frames_with_random_faults_give_no_wrong_value() -> None:
+    chance = random.Random(20)
+    right = wrong = bad = 0
+    # Short times: a slow machine makes more bad readings of it, and may never make a wrong one.
+    quick = {**SLAVE, "timeout_ms": 20, "latest_reply_ms": 45}
+    async with (
+        scripted(late_s=0.03) as slave,
+        connected(registers(0, 120, 240), serial=slave.path, **quick) as driver,
+    ):
+        until_s = asyncio.get_running_loop().time() + 20
+        while slave.requests < 400 and asyncio.get_running_loop().time() < until_s:
+            slave.script = [chance.choice([*FAULTS, "ok", "ok", "ok"]) for _ in range(3)]
+            try:
+                scan = await driver.read(driver.points)
+            except DeviceUnreachable:
+                bad += 3
+                continue
+            for i, value in enumerate(scan.values):
+                expected = 1000 + driver.points[i].register
+                right += value == expected
+                bad += value is None
+                wrong += value not in (None, expected)
+        assert slave.requests >= 200, "too slow to mean anything"
+    assert wrong == 0
+    assert right > 50
+    assert bad > 50
+
+
+async def test_rtu_an_unplugged_port_is_unreachable() -> None:
+    async with scripted() as slave, connected(registers(0), serial=slave.path, **SLAVE) as driver:
+        await driver.read(driver.points)
+        slave.close()
+        with pytest.raises(DeviceUnreachable):
+            await driver.read(driver.points)
+        with pytest.raises(DeviceUnreachable):
+            await driver.connect()
+
+
+# ------------------------------------------------------------------------------------------ lines
+
+
+async def test_units_on_one_tcp_line_share_its_connection_and_never_mix() -> None:
+    units = {n: Unit(holding=[100 * n + i for i in range(50)]) for n in (1, 2, 3)}
+    async with tcp_peer(units, rtu=True) as peer, contextlib.AsyncExitStack() as stack:
+        options = {"port": peer.port, "framing": "rtu_over_tcp"}
+        drivers = [
+            await stack.enter_async_context(connected(registers(*range(50)), unit=n, **options))
+            for n in units
+        ]
+        for _ in range(20):
+            scans = await asyncio.gather(*(driver.read(driver.points) for driver in drivers))
+            for n, scan in zip(units, scans, strict=True):
+                assert list(scan.values) == units[n].holding
+
+
+async def test_a_line_opens_once_and_closes_with_its_last_user() -> None:
+    async with ScriptedTcp() as peer:
+        one, two = (
+            build(name, "modbus", {"host": "127.0.0.1", "port": peer.port}, registers(0)) for name in "ab"
+        )
+        assert isinstance(one, ModbusDriver)
+        assert isinstance(two, ModbusDriver)
+        await one.connect()
+        await two.connect()
+        await one.close()
+        assert told(await two.read(two.points)) == {"r0": 0}
+        assert peer.connections == 1
+        await two.close()
+        await one.connect()
+        assert told(await one.read(one.points)) == {"r0": 0}
+        assert peer.connections == 2
+        await one.close()
+
+
+async def test_a_dead_unit_does_not_cost_the_others_their_connection() -> None:
+    async with ScriptedTcp() as peer:
+        options = {"host": "127.0.0.1", "port": peer.port, "timeout_ms": 50}
+        dead = build("dead", "modbus", {**options, "unit": 9}, registers(0))
+        alive = build("alive", "modbus", options, registers(0))
+        assert isinstance(dead, ModbusDriver)
+        assert isinstance(alive, ModbusDriver)
+        await alive.connect()
+        for _ in range(4):
+            await dead.connect()
+            peer.script = ["none"]
+            with pytest.raises(DeviceUnreachable):
+                await dead.read(dead.points)
+            assert told(await alive.read(alive.points)) == {"r0": 0}
+        assert peer.connections == 1
+        await dead.close()
+        await alive.close()
+
+
+async def test_two_names_of_one_port_are_one_line_and_must_agree_on_its_settings(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    link = tmp_path_factory.mktemp("by-id") / "usb-adapter"
+    async with rtu_peer({1: Unit(holding=[1]), 2: Unit(holding=[2])}) as peer:
+        link.symlink_to(peer.path)
+        same = {"baud": 115200, "parity": "none"}
+        async with (
+            connected(registers(0), serial=peer.path, **same) as one,
+            connected(registers(0), serial=str(link), unit=2, **same) as two,
+        ):
+            scans = await asyncio.gather(one.read(one.points), two.read(two.points))
+            assert [list(scan.values) for scan in scans] == [[1], [2]]
+            other = build(
+                "odd", "modbus", {"serial": str(link), "baud": 9600, "parity": "none"}, registers(0)
+            )
+            with pytest.raises(ConfigError, match=r"odd wants .*9600 baud.*boiler, boiler on the same line"):
+                await other.connect()
+            await other.close()
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+@pytest.mark.parametrize("kind", ["tcp", "rtu"])
+async def test_a_written_value_is_read_back(kind: str) -> None:
+    unit = Unit(holding=[0] * 20, coils=[False] * 16)
+    points = [
+        point("setpoint", 0, "i16"),
+        point("level", 2, "f32", order="CDAB"),
+        point("pump", 3, table="coil"),
+    ]
+    async with plant(kind, unit) as (_, options), connected(points, **options) as driver:
+        await driver.write(driver.points[0], -5)
+        await driver.write(driver.points[1], 3.5)
+        await driver.write(driver.points[2], True)
+        assert unit.holding[:4] == [65531, 0, *FLOAT[::-1]]
+        assert told(await driver.read(driver.points)) == {"setpoint": -5, "level": 3.5, "pump": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("speed", 70000, r"speed: 70000 does not fit u16 \(0..65535"),
+        ("speed", 1.5, "does not fit"),
+        ("pump", 1, "not true or false"),
+        ("sensor", 1, "input is read only"),
+        ("low", 1, "only whole registers are written"),
+        ("refused", 1, "the device refuses: exception 2, illegal address"),
+    ],
+)
+async def test_a_write_that_cannot_be_is_refused_and_nothing_is_written(
+    name: str, value: Value, why: str
+) -> None:
+    points = [
+        point("speed", 0),
+        point("pump", 0, table="coil"),
+        point("sensor", 0, table="input"),
+        point("low", 0, "u8"),
+        point("refused", 900),
+    ]
+    async with tcp_peer({1: Unit(holding=[7] * 10)}) as peer, connected(points, port=peer.port) as driver:
+        wanted = next(p for p in driver.points if p.name == name)
+        with pytest.raises(PointRefused, match=why):
+            await driver.write(wanted, value)
+        assert (await driver.read(driver.points[:1])).values[0] == 7
+
+
+async def test_a_write_that_does_not_stick_is_refused() -> None:
+    async with ScriptedTcp() as peer, connected(registers(5), port=peer.port) as driver:
+        # This server answers a write of 5 to register 5 as a read would be: not the confirmation.
+        with pytest.raises(DeviceUnreachable, match="FRAMING"):
+            await driver.write(driver.points[0], 6)
+    unit = Unit(holding=[1])
+    async with tcp_peer({1: unit}) as server, connected(registers(0), port=server.port) as driver:
+        unit.judge = lambda function, address, count: (
+            unit.holding.__setitem__(0, 1) if function == 3 else None
+        )
+        with pytest.raises(PointRefused, match="wrote 6, but it reads back as 00 01"):
+            await driver.write(driver.points[0], 6)
+
+
+# ------------------------------------------------------------------------------------------ bad tables
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"type": "bool"}, "say which bit"),
+        ({"type": "u32", "bit": 3}, "one bit is a bool"),
+        ({"type": "str"}, "length: needed by a str"),
+        ({"type": "u16", "length": 4}, "length: needed by a str, and only there"),
+        ({"register": 65535, "type": "u32"}, "beyond 65535"),
+        ({"table": "coil", "type": "f32"}, "a coil is a bool, not f32"),
+        ({"table": "discrete", "bit": 1}, "one bit already"),
+        ({"order": "ABDD"}, "order 'ABDD' is not valid"),
+        ({"type": "u64", "order": "ABCDEFGX"}, "not valid"),
+        ({"type": "str", "length": 80}, "takes 40 registers, and max_registers is 20"),
+    ],
+)
+def test_a_point_that_cannot_work_is_refused_by_name(keys: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=f"device 'boiler': point 'p': .*{why}"):
+        build("boiler", "modbus", {"host": "h", "max_registers": 20}, [{"name": "p", "register": 0, **keys}])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "either host .* or serial"),
+        ({"host": "h", "serial": "/dev/ttyS0"}, "either host .* or serial"),
+        ({"host": "h", "framing": "rtu"}, "rtu_over_tcp"),
+        ({"serial": "/dev/ttyS0", "framing": "tcp"}, "a serial port speaks rtu"),
+        ({"host": "h", "framing": "udp"}, "'udp' is not valid"),
+        ({"host": "h", "max_registers": 126}, "max_registers: .*125, found 126"),
+        ({"host": "h", "unit": -1}, "unit"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        build("boiler", "modbus", options, registers(0))
+
+
+# ------------------------------------------------------------------------------------------ properties
+
+
+@st.composite
+def a_device(draw: st.DrawFn) -> tuple[list[dict[str, object]], set[int], set[int], dict[str, int]]:
+    points = []
+    for i in range(draw(st.integers(1, 25))):
+        type_ = draw(st.sampled_from(["u16", "i16", "u32", "i32", "u64"]))
+        table = draw(st.sampled_from(["holding", "input"]))
+        points.append(point(f"p{i}", draw(st.integers(0, 240)), type_, table=table))
+    refused = draw(st.sets(st.integers(0, 250), max_size=6))
+    busy = draw(st.sets(st.integers(0, 250), max_size=2))
+    limits = {"max_registers": draw(st.integers(4, 125)), "max_gap": draw(st.integers(0, 40))}
+    return points, refused, busy, limits
+
+
+def test_whatever_block_fails_no_value_lands_on_another_point() -> None:
+    """Register n of a table holds a number found nowhere else, so a value in the wrong place shows."""
+    holding = [(n * 131 + 7) & 0xFFFF for n in range(260)]
+    inputs = [(n * 137 + 30011) & 0xFFFF for n in range(260)]
+    refused: set[int] = set()
+    busy: set[int] = set()
+
+    def judge(function: int, address: int, count: int) -> ExcCodes | None:
+        asked = set(range(address, address + count))
+        if asked & refused:
+            return ExcCodes.ILLEGAL_ADDRESS
+        return ExcCodes.DEVICE_BUSY if asked & busy else None
+
+    def expected(p: ModbusPoint) -> Value:
+        cells = holding if p.table is Table.HOLDING else inputs
+        width = {"16": 1, "32": 2, "64": 4}[p.type[1:]]
+        raw = b"".join(struct.pack(">H", cell) for cell in cells[p.register : p.register + width])
+        return int.from_bytes(raw, "big", signed=p.type.startswith("i"))
+
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        serving = tcp_peer({1: Unit(holding=holding, input=inputs, judge=judge)})
+        peer = runner.run(stack.enter_async_context(serving))
+
+        async def attempt(points: list[dict[str, object]], limits: dict[str, int]) -> None:
+            async with connected(points, port=peer.port, **limits) as driver:
+                for _ in range(3):
+                    scan = await driver.read(driver.points)
+                    for i, p in enumerate(driver.points):
+                        own = set(range(p.register, p.register + {"16": 1, "32": 2, "64": 4}[p.type[1:]]))
+                        if i in scan.reasons:
+                            assert scan.values[i] is None
+                            assert refused or busy
+                        else:
+                            assert scan.values[i] == expected(p)
+                            assert not own & refused
+                        if scan.reasons.get(i) is Reason.REFUSED:
+                            assert own & refused
+                        if not busy and not own & refused:
+                            assert i not in scan.reasons
+
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(a_device())
+        def run(device: tuple[list[dict[str, object]], set[int], set[int], dict[str, int]]) -> None:
+            points, bad, occupied, limits = device
+            refused.clear()
+            busy.clear()
+            refused.update(bad)
+            busy.update(occupied)
+            runner.run(attempt(points, limits))
+
+        run()
+        runner.run(stack.aclose())
+
+
+class _Sink(asyncio.Transport):
+    """Takes what is written."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+ASKED = Request(1, bytes.fromhex("0300000002"), bytes.fromhex("0304"), 6, 5.0, 5.0)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from(
+                [bytes.fromhex("010304"), bytes.fromhex("0183"), bytes.fromhex("000100000007010304")]
+            ),
+        ),
+        max_size=12,
+    )
+)
+@pytest.mark.parametrize("framing", ["tcp", "rtu"])
+def test_no_bytes_break_the_decoder_and_none_pass_without_their_proof(
+    framing: str, chunks: list[bytes]
+) -> None:
+    stream = b"".join(chunks)
+
+    async def feed() -> bytes | Failure | None:
+        loop = asyncio.get_running_loop()
+        wire = _MbapWire(loop) if framing == "tcp" else _RtuWire(loop, 0.0)
+        wire.connection_made(_Sink())
+        answer = wire.ask([ASKED])
+        for chunk in chunks:
+            if isinstance(wire, _RtuWire):
+                wire.data_received(chunk)
+            elif chunk and wire.lost_because is None:
+                wire.get_buffer(-1)[: len(chunk)] = chunk
+                wire.buffer_updated(len(chunk))
+        reply = answer.result().replies[0] if answer.done() else None
+        wire.close()
+        return reply
+
+    reply = asyncio.run(feed())
+    if isinstance(reply, bytes):
+        assert len(reply) == 4
+        body = bytes.fromhex("010304") + reply
+        proof = bytes.fromhex("00010000000701") + body[1:] if framing == "tcp" else body + crc16(body)
+        assert proof in stream
+    elif isinstance(reply, Failure) and reply.reason is Reason.EXCEPTION:
+        body = bytes([1, 0x83, reply.code])
+        proof = bytes.fromhex("00010000000301") + body[1:] if framing == "tcp" else body + crc16(body)
+        assert proof in stream
