@@ -1,0 +1,557 @@
+"""Readings in InfluxDB 2, one line per scan.
+
+Rules:
+1. Written means 204. InfluxDB's other answers name one fault where there may be several, and hide some behind others
+   (seen on 2.7.12: a type conflict in the same request hides points beyond retention), so whatever was not refused is
+   sent again until all of it has had a 204. Lines are idempotent: the same scan always gives the same line.
+2. A fault of the data is narrowed down to what is at fault: lines by halving (2·log2 n requests), then the points of
+   a line; only these are rejected, the rest is stored.
+3. A fault of the server or the network is the runner's to retry (`RetryLater`, obeying Retry-After); a fault of
+   the configuration stops the sink (`SinkBroken`) and says what to change.
+4. Every call blocks, so it runs in a thread; a second thread posts one chunk while the next is being formatted.
+
+What each answer becomes (`judge`; docs.influxdata.com/influxdb/v2/write-data/troubleshoot, and seen):
+
+    204                         written
+    400 unable to parse         the whole request was refused: halved down to the line, then the points
+    401 403                     SinkBroken: the token
+    404                         SinkBroken: organisation or bucket
+    413                         halved; smaller requests from then on
+    422 field type conflict     the rest was written: the named field is taken out and rejected alone
+    422 outside retention       (500 "beyond retention policy" in older ones) the oldest `dropped` lines are rejected
+    429 503 and other 5xx       RetryLater
+    no answer                   RetryLater; after a timeout, smaller requests
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import enum
+import logging
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from cloud.sinks.contract import Record, Rejection, RetryLater, ScanRecord, Settled, SinkBroken
+from cloud.sinks.line_protocol import LineWriter, Unwritable, stamp
+from config.cloud import InfluxDB
+from sync.identity import IdentityError, is_loopback, read_secret
+
+if TYPE_CHECKING:
+    from influxdb_client.client.write_api import WriteApi
+    from influxdb_client.domain.bucket import Bucket
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES: Final = 1024 * 1024  #: of one request; several per call, so that formatting and posting overlap
+MIN_CHUNK_BYTES: Final = 32 * 1024
+CALL_BYTES: Final = 2 * 1024 * 1024  #: of batch bytes per call, about a million readings
+MAX_RETRY_AFTER_S: Final = 300.0  #: a longer Retry-After is a mistake, not a wish (cloud.md section 4: cap)
+GZIP_LEVEL: Final = 1
+MESSAGE_CHARS: Final = 300  #: of an answer, in a reason
+
+_NAMED_FIELD: Final = re.compile(r'input field "(.*?)" on measurement "(.*?)" is ', re.DOTALL)
+_DROPPED: Final = re.compile(r"dropped=(\d+)")
+
+
+class Fault(enum.Enum):
+    """What is wrong with a request, as far as the answer tells."""
+
+    MALFORMED = "malformed"  #: a line does not parse; nothing was stored
+    FIELD = "field"  #: a field of a measurement is refused; the rest was stored
+    TOO_OLD = "too old"  #: beyond the bucket's retention; the rest was stored
+    TOO_LARGE = "too large"  #: the request; nothing was stored
+    UNKNOWN = "unknown"  #: refused, and not in words known here
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """An answer that blames the data."""
+
+    fault: Fault
+    text: str
+    dropped: int | None = None
+    measurement: str = ""
+    field: str = ""
+
+
+def judge(status: int, message: str, retry_after: str | None, *, where: str) -> Refusal:
+    """What an answer other than 2xx means. Raises `RetryLater`, `SinkBroken`; else the data is to blame."""
+    text = message[:MESSAGE_CHARS] or f"HTTP {status}"
+    found = _DROPPED.search(message)
+    dropped = int(found.group(1)) if found else None
+    if status in (400, 422) or (status == 500 and "retention policy" in message):
+        if "retention policy" in message:
+            return Refusal(Fault.TOO_OLD, text, dropped)
+        if named := _NAMED_FIELD.search(message):
+            return Refusal(Fault.FIELD, text, dropped, measurement=named.group(2), field=named.group(1))
+        return Refusal(Fault.MALFORMED if "unable to parse" in message else Fault.UNKNOWN, text, dropped)
+    if status == 413:
+        return Refusal(Fault.TOO_LARGE, text)
+    if status in (401, 403):
+        raise SinkBroken(
+            f"{where} refuses the token ({status}: {text}); it needs read and write on the bucket"
+        )
+    if status == 404:
+        raise SinkBroken(f"{where} has no such organisation or bucket ({text}); check org and bucket")
+    if status in (408, 429) or status >= 500:
+        raise RetryLater(f"{where} answers {status}: {text}", _seconds(retry_after))
+    raise SinkBroken(f"{where} answers {status}: {text}; is url the address of an InfluxDB 2?")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds or as a date (RFC 9110, 10.2.3), within reason."""
+    if not retry_after:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if seconds == seconds else None
+
+
+class _Unit(msgspec.Struct, frozen=True, gc=False):
+    """A line, and what of which record it holds. `points` empty: a record that has none."""
+
+    index: int
+    points: tuple[int, ...]
+    line: str
+    at_ns: int
+
+
+class InfluxSink:
+    """The sink. Everything below `write` runs in its threads."""
+
+    name = "influxdb"
+    linger_s = 0.0
+
+    def __init__(self, settings: InfluxDB) -> None:
+        self.max_records = settings.batch_lines
+        self.max_bytes = CALL_BYTES
+        self._settings = settings
+        self._server: _Server | None = None
+        self._writer = LineWriter()
+        self._chunk_bytes = CHUNK_BYTES
+        self._poster: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # a cancelled call's thread ends before the next begins
+
+    async def open(self) -> int | None:
+        """Connects and makes sure of the bucket. InfluxDB remembers no offset. Raises `RetryLater`, `SinkBroken`."""
+        await self.close()
+        try:
+            token = read_secret(
+                "influxdb token", file=self._settings.token_file, env=self._settings.token_env
+            )
+        except IdentityError as err:
+            raise SinkBroken(str(err)) from err
+        host = urlsplit(self._settings.url).hostname or ""
+        if not self._settings.url.startswith("https://") and not is_loopback(host):
+            log.warning(
+                "influxdb: %s is not TLS: the token and the readings cross the network in the open", host
+            )
+        server = _Server(self._settings, token.reveal(), gzip=not is_loopback(host))
+        try:
+            await asyncio.to_thread(server.prepare)
+        except BaseException:
+            await asyncio.to_thread(server.close)
+            raise
+        self._server = server
+        self._poster = ThreadPoolExecutor(1, thread_name_prefix="influxdb")
+        return None
+
+    async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
+        """Raises `RetryLater`, `SinkBroken`."""
+        return await asyncio.to_thread(self._write, records)
+
+    async def maintain(self, now_ns: int) -> None:
+        """Nothing: InfluxDB applies the bucket's retention itself."""
+
+    async def close(self) -> None:
+        server, poster = self._server, self._poster
+        self._server = self._poster = None
+        if poster is not None:
+            await asyncio.to_thread(poster.shutdown)
+        if server is not None:
+            await asyncio.to_thread(server.close)
+
+    # --- in the thread ---
+
+    def _write(self, records: Sequence[Record]) -> Settled:
+        server, poster = self._server, self._poster
+        if server is None or poster is None:
+            raise RetryLater("influxdb: not open")
+        with self._lock:
+            call = _Call(server, self._writer, records)
+            self._chunk_bytes = min(self._chunk_bytes, server.max_body_bytes)
+            under_way: tuple[Future[Refusal | None], range] | None = None
+            try:
+                for chunk, body in self._chunks(call):
+                    if under_way is not None:
+                        self._finish(call, *under_way)
+                    under_way = poster.submit(server.post, body), chunk
+                if under_way is not None:
+                    self._finish(call, *under_way)
+            except _TimedOut as late:
+                self._chunk_bytes = max(MIN_CHUNK_BYTES, self._chunk_bytes // 2)
+                raise RetryLater(str(late)) from late
+            self._chunk_bytes = min(CHUNK_BYTES, self._chunk_bytes + MIN_CHUNK_BYTES)
+            return call.settled()
+
+    def _chunks(self, call: _Call) -> Iterator[tuple[range, bytes]]:
+        """The records' lines in requests of at most `_chunk_bytes`, but for a longer line.
+
+        What can never be a line is rejected at once.
+        """
+        records, line = call.records, self._writer.line
+        lines: list[str] = []
+        size = start = 0
+        for i, record in enumerate(records):
+            try:
+                text = line(record)
+            except Unwritable as err:
+                call.reject(i, (), str(err))
+                continue
+            if lines and size + len(text) >= self._chunk_bytes:
+                yield range(start, i), "\n".join(lines).encode()
+                lines, size, start = [], 0, i
+            lines.append(text)
+            size += len(text) + 1
+        if lines:
+            yield range(start, len(records)), "\n".join(lines).encode()
+
+    @staticmethod
+    def _finish(call: _Call, posted: Future[Refusal | None], chunk: range) -> None:
+        refusal = posted.result()
+        if refusal is not None:
+            call.narrow(chunk, refusal)
+
+
+class _Call:
+    """One call of `write`: what has been rejected so far, and the search for what else is at fault."""
+
+    def __init__(self, server: _Server, writer: LineWriter, records: Sequence[Record]) -> None:
+        self.records = records
+        self._server = server
+        self._writer = writer
+        self._whole: dict[int, str] = {}
+        self._points: dict[int, dict[int, str]] = {}
+
+    def reject(self, index: int, points: Iterable[int], reason: str) -> None:
+        """`points` empty: the whole record."""
+        found = self._points.setdefault(index, {})
+        found.update(dict.fromkeys(points, reason))
+        record = self.records[index]
+        if not points or (isinstance(record, ScanRecord) and len(found) == len(record.values)):
+            self._whole.setdefault(index, reason)
+
+    def settled(self) -> Settled:
+        rejected = []
+        for index in sorted({*self._whole, *self._points}):
+            if index in self._whole:
+                rejected.append(Rejection(index, self._whole[index]))
+            else:
+                by_point = self._points[index]
+                reason = "; ".join(dict.fromkeys(by_point.values()))
+                rejected.append(Rejection(index, reason, tuple(sorted(by_point))))
+        return Settled(tuple(rejected))
+
+    def narrow(self, chunk: range, refusal: Refusal) -> None:
+        """Stores of this chunk what can be stored, and rejects the rest. `refusal` is the answer to all of it."""
+        units = [self._unit(i) for i in chunk if i not in self._whole]
+        waiting = self._next(units, refusal)
+        while waiting:
+            units = waiting.pop()
+            again = self._server.post("\n".join(unit.line for unit in units).encode())
+            if again is not None:
+                waiting.extend(self._next(units, again))
+
+    def _next(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:
+        """What to post after this refusal: narrower requests. Rejects where nothing narrower is left."""
+        if refusal.fault is Fault.UNKNOWN:
+            self._server.check()  # a fault that an empty request has too is not one of the data
+        if refusal.fault is Fault.TOO_LARGE:
+            self._server.shrink(sum(len(unit.line) + 1 for unit in units))
+        if refusal.fault is Fault.FIELD:
+            return [part for part in self._without_field(units, refusal) if part]
+        if refusal.fault is Fault.TOO_OLD:
+            dropped = refusal.dropped or 0
+            if len(units) == 1 or dropped >= len(units):
+                return self._reject_all(units, refusal)
+            if dropped and "Upper Bound" not in refusal.text:
+                units = sorted(units, key=_at)
+                return [units[dropped:], units[:dropped]]
+        return self._halves(units, refusal)
+
+    def _halves(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:
+        if len(units) > 1:
+            units = sorted(units, key=_at)  # faults that depend on the time then lie together
+            middle = len(units) // 2
+            return [units[middle:], units[:middle]]
+        unit = units[0]
+        if len(unit.points) > 1:
+            middle = len(unit.points) // 2
+            return [[self._part(unit, unit.points[middle:])], [self._part(unit, unit.points[:middle])]]
+        return self._reject_all(units, refusal)
+
+    def _reject_all(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:
+        for unit in units:
+            self.reject(unit.index, unit.points, f"influxdb: {refusal.text}")
+        return []
+
+    def _without_field(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:
+        """The units without the fields that are refused, and these fields alone.
+
+        A line is dropped for one field, and the answer names one of perhaps many. So the fields of one line that has
+        the named field are tried alone; those refused are then taken out of all lines like it.
+        """
+        alone = all(len(unit.points) <= 1 for unit in units)
+        if alone:
+            if len(units) == 1 or refusal.dropped == len(units):
+                return self._reject_all(units, refusal)
+            return self._halves(units, refusal)
+        tried: set[str] = set()
+        for unit in sorted(
+            units, key=_at, reverse=True
+        ):  # the newest is the least likely to be too old as well
+            record = self.records[unit.index]
+            if not isinstance(record, ScanRecord) or self._writer.measurement(record) != refusal.measurement:
+                continue
+            point = self._writer.point_of(record, refusal.field)
+            if point is None or point not in unit.points or _kind(record, point) in tried:
+                continue
+            tried.add(_kind(record, point))
+            if refused := self._refused_points(unit):
+                fields = {(record.layout.names[i], _kind(record, i)) for i in refused}
+                return self._parted(units, refusal.measurement, fields)
+        return self._halves(units, refusal)
+
+    def _refused_points(self, unit: _Unit) -> list[int]:
+        """Which of a line's fields InfluxDB refuses, each tried alone: all at once, then by halves."""
+        refused: list[int] = []
+        waiting = [unit.points]
+        while waiting:
+            points = waiting.pop()
+            refusal = self._server.post("\n".join(self._part(unit, (i,)).line for i in points).encode())
+            if refusal is None:
+                continue
+            if refusal.fault is not Fault.FIELD:
+                return []  # the line has another fault as well, and says nothing about its fields
+            if len(points) == 1 or refusal.dropped == len(points):
+                refused.extend(points)
+            else:
+                middle = len(points) // 2
+                waiting += [points[:middle], points[middle:]]
+        return refused
+
+    def _parted(
+        self, units: list[_Unit], measurement: str, fields: set[tuple[str, str]]
+    ) -> list[list[_Unit]]:
+        """All units without these fields of this measurement, and these fields alone."""
+        rest: list[_Unit] = []
+        only: list[_Unit] = []
+        for unit in units:
+            record = self.records[unit.index]
+            if not isinstance(record, ScanRecord) or self._writer.measurement(record) != measurement:
+                rest.append(unit)
+                continue
+            names = record.layout.names
+            out = [i for i in unit.points if (names[i], _kind(record, i)) in fields]
+            if not out:
+                rest.append(unit)
+                continue
+            only.extend(self._part(unit, (i,)) for i in out)
+            if kept := tuple(i for i in unit.points if i not in set(out)):
+                rest.append(self._part(unit, kept))
+        return [rest, only]
+
+    def _unit(self, index: int) -> _Unit:
+        record = self.records[index]
+        line = self._writer.line(record)
+        if isinstance(record, ScanRecord):
+            return _Unit(index, tuple(range(len(record.values))), line, stamp(record.taken_at_ns, record.seq))
+        return _Unit(index, (), line, int(line.rpartition(" ")[2]))
+
+    def _part(self, unit: _Unit, points: tuple[int, ...]) -> _Unit:
+        record = self.records[unit.index]
+        assert isinstance(record, ScanRecord)  # noqa: S101 - only scans have points
+        return _Unit(unit.index, points, self._writer.part(record, points), unit.at_ns)
+
+
+def _at(unit: _Unit) -> int:
+    return unit.at_ns
+
+
+def _kind(record: ScanRecord, point: int) -> str:
+    """The type that InfluxDB gives the point's field."""
+    kind = record.layout.types[point]
+    return kind if kind in ("bool", "str") else "float"
+
+
+class _TimedOut(Exception):
+    """No answer within the timeout."""
+
+
+class _Server:
+    """The seam to `influxdb-client`: every foreign error becomes one of ours here. Its calls block."""
+
+    def __init__(self, settings: InfluxDB, token: str, *, gzip: bool) -> None:
+        from influxdb_client.client.influxdb_client import InfluxDBClient
+        from influxdb_client.client.write_api import SYNCHRONOUS
+
+        self.max_body_bytes = CHUNK_BYTES
+        self._settings = settings
+        self._where = f"influxdb {settings.url}"
+        try:
+            self._client = InfluxDBClient(
+                settings.url,
+                token,
+                org=settings.org,
+                timeout=int(settings.timeout_s * 1000),
+                enable_gzip=gzip,
+                retries=False,  # the runner retries, and it alone
+            )
+        except (ValueError, OSError) as err:
+            raise SinkBroken(f"{self._where}: {err}; check url") from err
+        self._write: WriteApi = self._client.write_api(write_options=SYNCHRONOUS)
+
+    def close(self) -> None:
+        self._client.close()  # type: ignore[no-untyped-call]
+
+    def post(self, body: bytes) -> Refusal | None:
+        """None: all of it is written. Raises `RetryLater`, `SinkBroken`, `_TimedOut`."""
+        return self._refused(lambda: self._write.write(self._settings.bucket, self._settings.org, body))
+
+    def check(self) -> None:
+        """Whether an empty write is accepted: address, token, organisation and bucket. Raises as `post` does."""
+        refusal = self.post(b"")
+        if refusal is not None:
+            raise SinkBroken(f"{self._where} refuses even an empty write: {refusal.text}")
+
+    def shrink(self, refused_bytes: int) -> None:
+        """Requests of this size are refused: send smaller ones from now on."""
+        smaller = max(MIN_CHUNK_BYTES, refused_bytes // 2)
+        if smaller < self.max_body_bytes:
+            log.warning(
+                "%s refuses requests of %d bytes; now at most %d", self._where, refused_bytes, smaller
+            )
+            self.max_body_bytes = smaller
+
+    def prepare(self) -> None:
+        """Makes sure that there is a bucket to write to. Raises `RetryLater`, `SinkBroken`."""
+        try:
+            self._ensure_bucket()
+            self.check()
+        except _TimedOut as late:
+            raise RetryLater(str(late)) from late
+
+    def _ensure_bucket(self) -> None:
+        settings = self._settings
+        found = self._call(self._find_bucket)
+        wanted_s = int(settings.retention_days * 86_400)
+        if found is not None:
+            has_s = sum(rule.every_seconds or 0 for rule in found.retention_rules)
+            if has_s != wanted_s:
+                log.warning(
+                    "%s: bucket %s keeps readings for %s days, the configuration says %s (0: for ever); "
+                    "left as it is: change it with `influx bucket update`",
+                    self._where, settings.bucket, has_s / 86_400, settings.retention_days,
+                )  # fmt: skip
+            return
+        if not settings.create_bucket:
+            return  # a token that may only write does not see the bucket: the empty write decides
+        try:
+            self._call(lambda: self._create_bucket(wanted_s))
+        except SinkBroken:
+            self.check()  # it may be there already, and the token only write to it
+        else:
+            log.info("%s: created bucket %s", self._where, settings.bucket)
+
+    def _find_bucket(self) -> Bucket | None:
+        found: Bucket | None = self._client.buckets_api().find_bucket_by_name(  # type: ignore[no-untyped-call]
+            self._settings.bucket
+        )
+        return found
+
+    def _create_bucket(self, retention_s: int) -> None:
+        from influxdb_client.domain.bucket_retention_rules import BucketRetentionRules
+
+        rule = BucketRetentionRules(type="expire", every_seconds=retention_s)  # type: ignore[no-untyped-call]
+        rules = [rule] if retention_s else None
+        self._client.buckets_api().create_bucket(
+            bucket_name=self._settings.bucket, org=self._settings.org, retention_rules=rules
+        )
+
+    def _refused(self, call: Callable[[], object]) -> Refusal | None:
+        from influxdb_client.client.exceptions import InfluxDBError
+        from influxdb_client.rest import ApiException
+
+        with self._network_errors():
+            try:
+                call()
+            except ApiException as err:
+                status = int(err.status or 0)
+                if status == 0:
+                    raise _tls_error(self._where, str(err.reason)) from err
+                retry_after = err.headers.get("Retry-After") if err.headers else None
+                return judge(status, _message(err.body), retry_after, where=self._where)
+            except (
+                InfluxDBError
+            ) as err:  # the client's own refusal, as of an organisation that it does not see
+                raise SinkBroken(f"{self._where}: {err}") from err
+        return None
+
+    def _call(self, call: Callable[[], T]) -> T:
+        """A call of the API other than a write: any refusal is one of the configuration."""
+        given: list[T] = []
+        refusal = self._refused(lambda: given.append(call()))
+        if refusal is not None:
+            raise SinkBroken(f"{self._where}: {refusal.text}; check org, bucket and token")
+        return given[0]
+
+    @contextlib.contextmanager
+    def _network_errors(self) -> Iterator[None]:
+        from urllib3.exceptions import HTTPError, LocationParseError
+        from urllib3.exceptions import TimeoutError as NoAnswer
+
+        try:
+            yield
+        except LocationParseError as err:
+            raise SinkBroken(f"{self._where}: {err}; check url") from err
+        except NoAnswer as err:
+            raise _TimedOut(f"{self._where}: no answer within {self._settings.timeout_s} s") from err
+        except ssl.SSLError as err:
+            raise _tls_error(self._where, str(err)) from err
+        except (HTTPError, OSError) as err:
+            raise RetryLater(f"{self._where}: {err}") from err
+
+
+def _tls_error(where: str, text: str) -> RetryLater | SinkBroken:
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return SinkBroken(f"{where}: its certificate is not trusted ({text}); add its CA to the system's")
+    return RetryLater(f"{where}: {text}")
+
+
+def _message(body: object) -> str:
+    """The `message` of InfluxDB's JSON, or the text as it came (a proxy's page)."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
+    try:
+        return msgspec.json.decode(text, type=_ErrorBody).message or text
+    except msgspec.DecodeError:
+        return text
+
+
+class _ErrorBody(msgspec.Struct):
+    message: str = ""
