@@ -149,7 +149,8 @@ async def test_at_its_cap_it_refuses_and_recovers_by_itself_once_the_sinks_have_
     held, full = await fill(journal)
     assert full.retry_after_s > 0
     assert "max_mb" in str(full)
-    assert journal.trouble is not None
+    said = journal.trouble
+    assert said is not None
     assert held > 50
     assert await journal.holds(G, 7, 1, 5000) == ((1, held),)
     assert len(await everything(journal)) == held
