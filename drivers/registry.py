@@ -7,7 +7,6 @@ with the device, the point, the key, what was found and the nearest valid word.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeAlias, TypeVar
@@ -106,33 +105,8 @@ def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path
     try:
         return convert(table, to)
     except ConfigFileError as err:
-        raise TableError(f"{where}: {_in_words(err, table, to)}", f"{path}.{err.path}".rstrip(".")) from err
-
-
-def _in_words(err: ConfigFileError, table: Mapping[str, object], to: type[msgspec.Struct]) -> str:
-    """The key, what is wrong with it, what was found (numbers only: text may be a secret), and what is valid."""
-    text = err.text
-    if text.startswith("unknown key"):
-        return f"unknown key {err.path!r}{text.removeprefix('unknown key')}"
-    missing = re.fullmatch(r"Object missing required field `(.*)`", text)
-    if missing:
-        return f"missing key {'.'.join(filter(None, (err.path, missing.group(1))))!r}"
-    found = table.get(err.path)
-    if isinstance(found, str) and (words := _words_of(to, err.path)):
-        return f"{err.path}: {found!r} is not valid{nearest(found, words)}"
-    if isinstance(found, int | float):
-        text = f"{text}, found {found!r}"
-    return f"{err.path}: {text}" if err.path else text
-
-
-def _words_of(to: type[msgspec.Struct], key: str) -> list[str]:
-    """The words that a key of a closed set may be; none where it is no such key."""
-    for each in msgspec.structs.fields(to):
-        if each.encode_name == key:
-            info = msgspec.inspect.type_info(each.type)
-            for kind in info.types if isinstance(info, msgspec.inspect.UnionType) else (info,):
-                if isinstance(kind, msgspec.inspect.EnumType):
-                    return [str(member.value) for member in kind.cls]
-                if isinstance(kind, msgspec.inspect.LiteralType):
-                    return [str(value) for value in kind.values]
-    return []
+        if err.text.startswith("unknown key"):
+            what = f"unknown key {err.path!r}{err.text.removeprefix('unknown key')}"
+        else:
+            what = ": ".join(filter(None, (err.path, err.text)))
+        raise TableError(f"{where}: {what}", f"{path}.{err.path}".rstrip(".")) from err

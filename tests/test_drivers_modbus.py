@@ -623,7 +623,7 @@ def test_a_point_that_cannot_work_is_refused_by_name(keys: dict[str, object], wh
         ({"host": "h", "serial": "/dev/ttyS0"}, "either host .* or serial"),
         ({"host": "h", "framing": "rtu"}, "rtu_over_tcp"),
         ({"serial": "/dev/ttyS0", "framing": "tcp"}, "a serial port speaks rtu"),
-        ({"host": "h", "framing": "udp"}, "'udp' is not valid"),
+        ({"host": "h", "framing": "udp"}, "'udp' is not one of"),
         ({"host": "h", "max_registers": 126}, "max_registers: .*125, found 126"),
         ({"host": "h", "unit": -1}, "unit"),
     ],
