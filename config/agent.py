@@ -6,12 +6,21 @@ when the device is built, with the same kind of error.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 Table: TypeAlias = dict[str, Any]
 """A table that belongs to a driver; its types check it."""
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A name that a person reads: not empty, one line."""
+Id: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""A name that stands in topics and paths (`sync.identity.ID_PATTERN`)."""
+FilePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65_535)]
+Timeout: TypeAlias = Annotated[float, Meta(gt=0, le=3_600)]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,54 +28,83 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Gateway(_Strict, frozen=True, kw_only=True):
-    tenant: str
-    name: str
-    state_dir: str = "/var/lib/headgate"  #: buffer, status and last-known-good configuration
+    tenant: Id
+    name: Id
+    state_dir: FilePath = "/var/lib/headgate"  #: buffer, status and last-known-good configuration
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Buffer(_Strict, frozen=True, kw_only=True):
-    max_mb: int = 1024  #: byte cap of buffer and WAL together
-    free_disk_mb: int = 64  #: never fill the disk beyond this
-    ballast_kb: int = 1024  #: released when the disk is full, so that acked data can be removed
-    commit_interval_s: float = 1.0  #: the published loss window
-    commit_max_kb: int = 256  #: commit earlier when this much is pending
+    max_mb: Annotated[int, Meta(ge=4, le=1_048_576)] = 1024  #: byte cap of buffer and WAL together
+    free_disk_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 64  #: never fill the disk beyond this
+    ballast_kb: Annotated[int, Meta(ge=0, le=65_536)] = (
+        1024  #: released when the disk is full, so that acked data can be removed
+    )
+    commit_interval_s: Annotated[float, Meta(ge=0.01, le=60)] = 1.0  #: the published loss window
+    commit_max_kb: Annotated[int, Meta(ge=1, le=16_384)] = 256  #: commit earlier when this much is pending
     low_latency: bool = False  #: commit every 100 ms instead
-    quick_check_s: float = 5.0  #: time budget for the check at start
-    max_age_days: float = 0.0  #: 0: no age limit, only bytes
+    quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  #: time budget for the check at start
+    max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
 
 
 class Uplink(_Strict, frozen=True, kw_only=True):
     kind: Literal["mqtt", "https", "none"] = "mqtt"
-    host: str = "localhost"
-    port: int = 0  #: 0: 8883 / 1883 (mqtt with / without TLS), 443 / 8080 (https)
+    host: Name = "localhost"
+    port: Port = 0  #: 0: 8883 / 1883 (mqtt with / without TLS), 443 / 8080 (https)
     tls: bool = True  #: plaintext is refused except to loopback
-    ca_file: str | None = None  #: the CA to trust; the system's where unset
-    token_file: str | None = None  #: the gateway's credential
-    token_env: str | None = None
-    keepalive_s: float = 20.0  #: a half-open link is found within 1.5 times this
-    connect_timeout_s: float = 10.0
-    ack_timeout_s: float = 10.0  #: resend after this
-    window: int = 16  #: batches under way at once
-    backlog_share: float = 0.5  #: of the window, for frames older than the live lane
-    backoff_min_s: float = 0.5
-    backoff_max_s: float = 60.0
-    heartbeat_s: float = 30.0
+    ca_file: FilePath | None = None  #: the CA to trust; the system's where unset
+    token_file: FilePath | None = None  #: the gateway's credential
+    token_env: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    keepalive_s: Annotated[float, Meta(ge=1, le=3_600)] = (
+        20.0  #: a half-open link is found within 1.5 times this
+    )
+    connect_timeout_s: Timeout = 10.0
+    ack_timeout_s: Timeout = 10.0  #: resend after this
+    window: Annotated[int, Meta(ge=1, le=1_024)] = 16  #: batches under way at once
+    backlog_share: Annotated[float, Meta(ge=0, le=1)] = (
+        0.5  #: of the window, for frames older than the live lane
+    )
+    backoff_min_s: Annotated[float, Meta(gt=0, le=3_600)] = 0.5
+    backoff_max_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+    heartbeat_s: Annotated[float, Meta(ge=1, le=86_400)] = 30.0
+
+    def __post_init__(self) -> None:
+        if self.backoff_min_s > self.backoff_max_s:
+            raise ValueError(
+                f"backoff_min_s: {self.backoff_min_s:g} is more than backoff_max_s {self.backoff_max_s:g}"
+            )
+
+
+SHORTEST_PERIOD_MS = 20
 
 
 class Device(_Strict, frozen=True, kw_only=True):
-    name: str
-    driver: str
-    period_ms: int = 1000
-    phase_ms: int | None = None  #: unset: spread evenly by the device's name
-    timeout_ms: int | None = (
-        None  #: deadline of one read; unset: the driver's suggestion, else the period or 5 s
+    name: Name
+    driver: Name
+    period_ms: Annotated[int, Meta(ge=0, le=2_592_000_000)] = (
+        1000  #: 20 and more; 0: as fast as it answers (to measure)
     )
-    measurement: str | None = None  #: the InfluxDB measurement; unset: the driver's name
-    tags: dict[str, str] = {}
+    phase_ms: Annotated[int, Meta(ge=0)] | None = None  #: unset: spread evenly by the device's name
+    timeout_ms: Annotated[int, Meta(ge=1, le=3_600_000)] | None = (
+        None  #: deadline of one read; unset: 5 s, or the period where that is longer (30 s at most)
+    )
+    measurement: Name | None = None  #: the InfluxDB measurement; unset: the driver's name
+    tags: dict[Name, Name] = {}
     enabled: bool = True
     options: Table = {}
     point: list[Table] = []
+
+    def __post_init__(self) -> None:
+        if 0 < self.period_ms < SHORTEST_PERIOD_MS:
+            raise ValueError(
+                f"period_ms: {self.period_ms} is too short; the shortest is {SHORTEST_PERIOD_MS} (0: as fast as "
+                "it answers)"
+            )
+        if self.phase_ms is not None and self.phase_ms >= max(self.period_ms, 1):
+            raise ValueError(
+                f"phase_ms: {self.phase_ms} is not within the period of {self.period_ms} ms; give 0 to "
+                f"{max(self.period_ms - 1, 0)}"
+            )
 
 
 class Agent(_Strict, frozen=True, kw_only=True):

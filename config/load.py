@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ def parse_toml(text: str, *, file: str = "") -> dict[str, Any]:
     """Raises `ConfigFileError` with the line of a syntax error."""
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # also a number of more digits than Python reads
         found = re.search(r"at line (\d+)", str(err))
         raise ConfigFileError(
             f"not valid TOML: {err}", file=file, line=int(found.group(1)) if found else None
@@ -61,11 +61,7 @@ def convert(table: Mapping[str, Any], to: type[T], *, file: str = "", text: str 
     try:
         return msgspec.convert(table, to, strict=True)
     except msgspec.ValidationError as err:
-        message, path = _split(str(err))
-        hint = _unknown_key(message, path, to)
-        if hint:
-            key, message = hint
-            path = f"{path}.{key}" if path else key
+        message, path = _explained(str(err), table, to)
         full = ".".join(part for part in (at, path) if part)
         raise ConfigFileError(message, file=file, line=line_of(text, full), path=full) from err
 
@@ -84,42 +80,110 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"{meant} (valid: {', '.join(valid)})"
 
 
+_SECRET = re.compile(r"token|password|secret|key|credential", re.IGNORECASE)
+
+
+def _explained(message: str, table: Any, to: Any) -> tuple[str, str]:
+    """msgspec's message as a text for a person and the key path it is about."""
+    text, path = _split(message)
+    path, info, found = _follow(path, table, to)
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL):
+        fields = [f.encode_name for f in getattr(info, "fields", ())]
+        return f"unknown key{nearest(unknown.group(1), fields)}", _join(path, unknown.group(1))
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", text, re.DOTALL):
+        return "is required and missing", _join(path, missing.group(1))
+    named = re.match(r"(\w+): (.*)", text, re.DOTALL)  # from a struct's own `__post_init__`
+    if named and any(f.encode_name == named.group(1) for f in getattr(info, "fields", ())):
+        return named.group(2), _join(path, named.group(1))
+    text = re.sub(r"`([a-z |]+)`", _plain, text)
+    words = _words(info)
+    if words and isinstance(found, str):
+        return f"{found!r} is not one of the valid words{nearest(found, words)}", path
+    # Text in the place of something else may be a secret, as may anything below a key that is named like one.
+    if _SECRET.search(path) or (isinstance(found, str) and "got a string" in text):
+        return text, path
+    return f"{text}, found {_shown(found)}", path
+
+
+_WORDS = {
+    "str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false", "object": "a table",
+    "array": "a list", "null": "",
+}  # fmt: skip
+
+
+def _plain(types: re.Match[str]) -> str:
+    """msgspec's `int | null` in words."""
+    words = [_WORDS.get(word, word) for word in types.group(1).split(" | ")]
+    return " or ".join(dict.fromkeys(word for word in words if word))
+
+
 def _split(message: str) -> tuple[str, str]:
     """msgspec's "text - at `$.a[0].b`" as text and key path."""
-    found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message, re.DOTALL)
+    found = re.fullmatch(r"(.*) - at `(?:key in )?\$\.?(.*)`", message, re.DOTALL)
     return (found.group(1), found.group(2).lstrip(".")) if found else (message, "")
 
 
-def _unknown_key(message: str, path: str, to: Any) -> tuple[str, str] | None:
-    found = re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL)
-    if not found:
-        return None
-    struct_type = _struct_at(to, path)
-    names = [f.encode_name for f in msgspec.structs.fields(struct_type)] if struct_type else []
-    return found.group(1), f"unknown key{nearest(found.group(1), names)}"
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
 
 
-def _struct_at(to: Any, path: str) -> Any:
-    """The struct type that a key path leads to, walking fields, tuples, lists and optionals."""
-    info = msgspec.inspect.type_info(to)
-    for part in (p for p in re.split(r"\.|\[[^\]]*\]", path) if p and p != "..."):
-        info = _inner(info)
-        field = next((f for f in getattr(info, "fields", ()) if f.encode_name == part), None)
-        if field is None:
-            return None
-        info = field.type
-    info = _inner(info)
-    return info.cls if isinstance(info, msgspec.inspect.StructType) else None
+def _shown(found: Any) -> str:
+    """What was found, short enough for a line."""
+    text = repr(found)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _inner(info: Any) -> Any:
-    while True:
-        if isinstance(info, msgspec.inspect.UnionType):
-            info = next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info.types[0])
-        elif hasattr(info, "item_type") and isinstance(info.item_type, msgspec.inspect.Type):
-            info = info.item_type
+def _words(info: Any) -> list[str]:
+    """The words that a type allows, where it allows only words."""
+    if isinstance(info, msgspec.inspect.UnionType):
+        return next((words for member in info.types if (words := _words(member))), [])
+    if isinstance(info, msgspec.inspect.LiteralType):
+        return [value for value in info.values if isinstance(value, str)]
+    if isinstance(info, msgspec.inspect.EnumType):
+        return [member.value for member in info.cls if isinstance(member.value, str)]
+    return []
+
+
+def _follow(path: str, table: Any, to: Any) -> tuple[str, Any, Any]:
+    """The path with each `[...]` resolved to the key it stands for, the type it leads to, and what is there."""
+    info: Any = msgspec.inspect.type_info(to)
+    here: Any = table
+    told = ""
+    for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", path):
+        info = _inner_struct(info)
+        if name:
+            field = next((f for f in getattr(info, "fields", ()) if f.encode_name == name), None)
+            info = field.type if field is not None else None
+            here = here.get(name) if isinstance(here, Mapping) else None
+            told = _join(told, name)
+        elif index == "...":  # some value of a table with free keys: find which
+            info = getattr(info, "value_type", None)
+            key = _misfit(here, info)
+            here = here.get(key) if isinstance(here, Mapping) else None
+            told = _join(told, str(key))
         else:
-            return info
+            kinds = getattr(info, "item_types", None)
+            info = kinds[int(index)] if kinds else getattr(info, "item_type", None)
+            here = here[int(index)] if isinstance(here, Sequence) and int(index) < len(here) else None
+            told = f"{told}[{index}]"
+    words = _words(info)
+    return told, info if words else _inner_struct(info), here
+
+
+def _misfit(found: Any, info: Any) -> str:
+    """The first key whose value is not of the type."""
+    wants_text = isinstance(info, msgspec.inspect.StrType)
+    for key, value in found.items() if isinstance(found, Mapping) else ():
+        if not wants_text or not isinstance(value, str):
+            return str(key)
+    return "..."
+
+
+def _inner_struct(info: Any) -> Any:
+    """Of an optional, the type that is not None."""
+    if isinstance(info, msgspec.inspect.UnionType):
+        return next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info.types[0])
+    return info
 
 
 def line_of(text: str, path: str) -> int | None:
