@@ -39,6 +39,7 @@ from cloud.sinks.contract import (
     SinkBroken,
     SinkError,
     SinkRefused,
+    StoreChanged,
 )
 from sync.wire import Layout, WireError, layout_id, open_head
 
@@ -169,7 +170,7 @@ class SinkRunner:
                 try:
                     await self._open()
                     await self._follow()
-                except (RetryLater, SinkRefused, JournalError, DeadLettersError) as err:
+                except (RetryLater, SinkRefused, StoreChanged, JournalError, DeadLettersError) as err:
                     await self._back_off(err)
                 except SinkBroken as err:
                     self._down("broken", err)

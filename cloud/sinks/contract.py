@@ -8,6 +8,7 @@ A sink either settles every record it was given (accepted, or rejected with the 
     SinkError
     ├── RetryLater     the store is down, busy or full: the same call again, no sooner than `after_s`
     ├── SinkRefused    something among these records is refused and the store does not say what: the runner bisects
+    ├── StoreChanged   the store is not as it was left (restored, emptied): close, open, resume from what it remembers
     └── SinkBroken     credentials or configuration: stop this sink, alarm, keep the journal
 
 Every sink passes `tests/sink_conformance.py`.
@@ -99,6 +100,10 @@ class RetryLater(SinkError):
 
 class SinkRefused(SinkError):
     """Permanent for at least one of the records given."""
+
+
+class StoreChanged(SinkError):
+    """The runner opens the sink again, which tells where to resume."""
 
 
 class SinkBroken(SinkError):
