@@ -30,20 +30,22 @@ from agent.buffer import Buffer, BufferUnusable, Condition
 from agent.clock import SystemClock
 from agent.configuration import Loaded, save_last_good
 from agent.devices import all_points
+from agent.forwarder import Forwarder, uplink_of
 from agent.health import DeviceHealth, Gauge, State
 from agent.poller import DevicePoller
 from agent.state import StateDirError, StateLock
 from agent.status import STATUS_EVERY_S, AgentStatus, LinkHealth, LinkState, RunState
 from drivers.contract import ConfigError, boot_ns
-from sync.identity import GatewayName
+from sync.identity import GatewayName, IdentityError
 
-log = logging.getLogger("headgate.agent")
+log = logging.getLogger(__name__)
 
 BUFFER_NAME: Final = "buffer.db"
 LEAVE_WITHIN_S: Final = 4.8  #: of the promised 5: after this the process ends, come what may
 _POLLERS_LEAVE_S: Final = 2.2  #: a little more than a driver may take to close
 _TASKS_LEAVE_S: Final = 1.0
 _DISK_WATCH_S: Final = 30.0
+_CREDENTIAL_AGAIN_S: Final = 15.0
 _STUCK_COMMIT_S: Final = 60.0  #: readings pending for this long without a commit: the watchdog goes hungry
 
 EXIT_OK: Final = 0
@@ -100,6 +102,7 @@ class Daemon:
         self._clock = SystemClock()
         self._notify = Notify.from_environment()
         self._gauges: list[Gauge] = []
+        self._forwarder: Forwarder | None = None
         self._progress = (0, time.monotonic())
         self._disk_was_low = False
         before = status_file.read(folder)
@@ -158,7 +161,8 @@ class Daemon:
         scheduler = self._slow_jobs(buffer)
         async with asyncio.TaskGroup() as group:
             core = [group.create_task(_for_ever("buffer", buffer.run()), name="buffer")]
-            core += self._link_tasks(group, buffer)
+            core.append(group.create_task(_for_ever("forwarder", self._deliver(buffer)), name="forwarder"))
+            core.append(group.create_task(_for_ever("heartbeat", self._beat(buffer)), name="heartbeat"))
             core.append(
                 group.create_task(_for_ever("watchdog", self._feed_watchdog(buffer)), name="watchdog")
             )
@@ -166,8 +170,7 @@ class Daemon:
             scheduler.start()
             self.status.state = RunState.RUNNING
             buffer.record_event("start", f"headgate {self.status.version} started")
-            save = asyncio.to_thread(self._save_config)
-            await save
+            await asyncio.to_thread(self._save_config)
             self._notify.send("READY=1")
             log.info("running: %d devices, %d points", len(pollers), all_points(self._loaded.devices))
             try:
@@ -209,8 +212,33 @@ class Daemon:
                 log.error("%s: not started: %s", plan.name, err)
         return pollers
 
-    def _link_tasks(self, group: asyncio.TaskGroup, buffer: Buffer) -> list[asyncio.Task[None]]:
-        return []
+    async def _deliver(self, buffer: Buffer) -> None:
+        """Send what is kept, for ever. A credential that cannot be read is waited for: reading devices goes on."""
+        link = self.status.link
+        while True:
+            try:
+                uplink = uplink_of(self._config.uplink, self._name)
+                break
+            except IdentityError as err:
+                if link.state is not LinkState.DOWN:
+                    link.state, link.since_ns = LinkState.DOWN, time.time_ns()
+                    log.error("no way to the cloud: %s; readings are kept here meanwhile", err)
+                link.why = str(err)
+            await asyncio.sleep(_CREDENTIAL_AGAIN_S)
+        if uplink is None:
+            await asyncio.Event().wait()
+        else:
+            self._forwarder = Forwarder(buffer, uplink, self._config.uplink, link, random.Random())
+            await self._forwarder.run()
+
+    async def _beat(self, buffer: Buffer) -> None:
+        """The heartbeat: the status to the cloud, as soon as there is a way and then every `heartbeat_s`."""
+        every_s = self._config.uplink.heartbeat_s
+        while True:
+            sent = self._forwarder is not None and await self._forwarder.report(
+                status_file.encode(self._told(buffer))
+            )
+            await asyncio.sleep(every_s if sent else min(every_s, 1.0))
 
     def _slow_jobs(self, buffer: Buffer) -> Any:
         """APScheduler ships no types; nothing but `start` and `shutdown` is asked of it outside."""
@@ -251,6 +279,8 @@ class Daemon:
         now_boot_ns = boot_ns()
         status.written_ns = time.time_ns()
         status.buffer = buffer.state
+        if self._forwarder is not None:
+            status.link = self._forwarder.tell()
         status.devices = [gauge.told(now_boot_ns) for gauge in self._gauges]
         status.rss_bytes = rss_bytes()
         status.cpu_s = round(time.process_time(), 3)

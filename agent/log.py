@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Final
 
+_ROOMS: Final = ("agent", "sync", "firmware", "drivers", "config")
 # sd-daemon(3): a line may open with its syslog priority.
 _PRIORITY: Final = {
     logging.DEBUG: 7,
@@ -44,6 +45,7 @@ def start_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("headgate").setLevel(level.upper())
+    for room in _ROOMS:
+        logging.getLogger(room).setLevel(level.upper())
     # A job that raised is reported by us; that a run was skipped because the last still ran is normal here.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)

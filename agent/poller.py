@@ -42,7 +42,7 @@ from drivers.contract import (
 from drivers.registry import AnyDriver
 from sync.wire import Layout, Packing, WireError, encode_scan, layout_of
 
-log = logging.getLogger("headgate.poller")
+log = logging.getLogger(__name__)
 
 BACKOFF_CAP_S: Final = 8.0  #: with the wait for a slot, a device that is back is read within 10 s
 RESTART_MIN_S: Final = 1.0

@@ -353,7 +353,7 @@ async def test_an_outage_is_said_once_and_its_end_once(caplog: pytest.LogCapture
         return scan_of(n, n)
 
     driver, store = Asked(read), ListStore()
-    with caplog.at_level(logging.INFO, "headgate"):
+    with caplog.at_level(logging.INFO, "agent"):
         async with running(poller := poller_of(driver, store)):
             await until(lambda: driver.reads >= 7)
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
