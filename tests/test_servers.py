@@ -363,6 +363,16 @@ def test_a_failed_step_shows_the_end_of_its_output_and_leaves_no_build_folder(
     assert not locate.cached_path(catalogue.MINIO).exists()
 
 
+def test_a_failed_go_build_shows_the_package_that_failed_and_not_those_built_after_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    after = "\n".join(f"echo example.org/later/{n}" for n in range(60))
+    go = executable(
+        tmp_path / "go", f"echo '# example.org/broken'\necho pkg-config is missing\n{after}\nexit 1"
+    )
+    with pytest.raises(install.InstallError, match=r"(?s)# example.org/broken.*pkg-config is missing"):
+        install._run("go build", [str(go)], log=log, timeout_s=DEADLINE_S)
+
+
 def test_a_build_is_refused_before_it_fills_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path))
     monkeypatch.setattr(install, "BUILD_DISK_BYTES", 10**18)

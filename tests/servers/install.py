@@ -93,6 +93,14 @@ def _last_line(log: Path) -> str:
     return lines[-1][:90] if lines else "…"
 
 
+def _telling(log: Path) -> str:
+    """The part of a failed step's output that says why. Go goes on building other packages after one failed, and
+    heads that one's own words with `# its/import/path`."""
+    lines = log.read_text(errors="replace").splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith("# ")]
+    return "\n".join(lines[heads[0] : heads[0] + 20] if heads else lines[-20:])
+
+
 def _run(
     what: str,
     command: Sequence[str],
@@ -134,8 +142,9 @@ def _run(
         finally:
             finished.set()
     if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        raise InstallError(f"{what} failed with status {done.returncode}; its whole output: {log}\n{tail}")
+        raise InstallError(
+            f"{what} failed with status {done.returncode}; its whole output: {log}\n{_telling(log)}"
+        )
     say(f"{what}: done in {time.monotonic() - started_s:.0f} s")
 
 
@@ -283,9 +292,14 @@ def _go(build: Path, log: Path) -> Path:
 
 
 def _compiler() -> None:
-    """A C compiler with its headers, for the parts of influxd that are SQLite."""
-    if shutil.which("gcc") is None or not Path("/usr/include/stdlib.h").exists():
-        _apt_install(("gcc", "libc6-dev"))
+    """A C compiler with its headers, for the parts of influxd that are SQLite, and the pkg-config that
+    InfluxData's own falls back on."""
+    if (
+        shutil.which("gcc") is None
+        or shutil.which("pkg-config") is None
+        or not Path("/usr/include/stdlib.h").exists()
+    ):
+        _apt_install(("gcc", "libc6-dev", "pkg-config"))
 
 
 def _rust() -> None:
