@@ -399,10 +399,10 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
             line.heard(now_s)
         self._queue.begin()
         loop.add_reader(self._fd, self._readable)
-        if self._request:
-            self._ask()
         if self.options.stale_after_s:
             self._silence_timer = loop.call_later(self.options.stale_after_s, self._watch_silence)
+        if self._request:
+            self._ask()
 
     def _open(self) -> serial.Serial:
         import serial
