@@ -194,6 +194,7 @@ class _Batch:
             return ScanRecord(
                 stored.offset, self._tenant, self._gateway, stored.epoch, seq, compiled.packing.layout,
                 frame.layout, taken_at_ns, synchronized, stored.received_at_ns, values, reasons,
+                frame.boot, frame.taken_at_ns,
             )  # fmt: skip
         if isinstance(frame, GapFrame):
             _check_gap(frame)

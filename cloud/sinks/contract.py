@@ -41,6 +41,8 @@ class ScanRecord(msgspec.Struct, frozen=True, gc=False):
     received_at_ns: int
     values: Sequence[Value | None]
     reasons: dict[int, Reason]
+    boot: int = 0  #: the gateway's number of its boot, within the epoch
+    boot_ns: int = 0  #: its boot clock when taken; 0 where not told
 
 
 class GapRecord(msgspec.Struct, frozen=True):
