@@ -20,6 +20,7 @@ register at a time.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import struct
 import termios
@@ -380,6 +381,8 @@ class Line:
             if wire is not None:
                 wire.close()
             self._wire = await self._opened(timeout_s)
+            if wire is not None:
+                self._wire.answer_due_s = wire.answer_due_s  # the slave knows nothing of a new connection
 
     async def exchange(self, series: Sequence[Request]) -> Replies:
         """Ask the series. Raises `DeviceUnreachable` if the line is not open."""
@@ -442,10 +445,11 @@ class Line:
             raise DeviceUnreachable(
                 f"{address}: no connection within {timeout_s:g} s", Reason.TIMEOUT
             ) from err
-        except PermissionError as err:
-            raise DeviceUnreachable(f"{address}: {err}; add the gateway's user to the port's group") from err
         except OSError as err:
-            raise DeviceUnreachable(f"{address}: {err}") from err
+            # pyserial's exception is an OSError with the number, but never a PermissionError.
+            denied = err.errno == errno.EACCES and isinstance(address, SerialPort)
+            remedy = "; add the gateway's user to the port's group (often dialout)" if denied else ""
+            raise DeviceUnreachable(f"{address}: {err}{remedy}") from err
         except (termios.error, ValueError) as err:
             raise ConfigError(
                 f"{address}: the port does not take these settings ({err}); a pty, for one, has no parity"

@@ -72,7 +72,7 @@ def load(name: str) -> type[AnyDriver]:
 def build(
     device: str, driver: str, options: Mapping[str, object], points: Sequence[Mapping[str, object]]
 ) -> AnyDriver:
-    """The device of one `[[device]]` table; no IO. Raises `ConfigError` (`TableError` where it knows the key)."""
+    """The device of one `[[device]]` table; no IO. Raises `TableError`."""
     where = f"device {device!r}"
     try:
         kind = load(driver)
@@ -97,8 +97,11 @@ def build(
     except TableError:
         raise
     except ConfigError as err:
-        # The driver names its points and keys itself; here the device is added.
-        raise ConfigError(f"{where}: {err}") from err
+        # The driver names the place as we do ("point 'flow': …", "options: …"); what is missing is the device.
+        text = str(err)
+        named = [i for i, point in enumerate(found) if text.startswith(f"point {point.name!r}")]
+        between = " " if named or text.startswith("options") else ": "
+        raise TableError(f"{where}{between}{text}", f"point[{named[0]}]" if named else "options") from err
 
 
 def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path: str) -> _StructT:

@@ -9,10 +9,12 @@ import struct
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import serial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymodbus.constants import ExcCodes
 
+from drivers import modbus_line
 from drivers.contract import (
     ConfigError,
     DeviceUnreachable,
@@ -338,6 +340,20 @@ async def test_a_missing_serial_port_says_which() -> None:
     await driver.close()
 
 
+async def test_a_port_that_may_not_be_opened_says_which_group_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def denied(*args: object, **keys: object) -> None:
+        raise serial.SerialException(13, "could not open port /dev/ttyUSB0: Permission denied")
+
+    # Tests may run as root, whom no port refuses; this is what pyserial raises for others.
+    monkeypatch.setattr(modbus_line, "create_serial_connection", denied)
+    driver = build("boiler", "modbus", {"serial": "/dev/ttyUSB0"}, registers(0))
+    with pytest.raises(
+        DeviceUnreachable, match=r"Permission denied.*; add the gateway's user to the port's group"
+    ):
+        await driver.connect()
+    await driver.close()
+
+
 async def test_a_port_that_cannot_do_the_settings_is_a_configuration_error() -> None:
     async with rtu_peer({1: Unit()}) as peer:
         driver = build("boiler", "modbus", {"serial": peer.path, "parity": "even"}, registers(0))
@@ -612,7 +628,7 @@ async def test_a_write_that_does_not_stick_is_refused() -> None:
     ],
 )
 def test_a_point_that_cannot_work_is_refused_by_name(keys: dict[str, object], why: str) -> None:
-    with pytest.raises(ConfigError, match=f"device 'boiler': point 'p': .*{why}"):
+    with pytest.raises(ConfigError, match=f"device 'boiler' point 'p': .*{why}"):
         build("boiler", "modbus", {"host": "h", "max_registers": 20}, [{"name": "p", "register": 0, **keys}])
 
 

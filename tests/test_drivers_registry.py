@@ -82,6 +82,9 @@ def test_an_unknown_driver_names_the_nearest_and_all_others() -> None:
          "point 'a': this name is taken by point number 1", "point[1].name"),
         (HOST, [{"name": "a", "register": 0, "not_available": "x"}], "not_available: Expected a list, got a string",
          "point[0].not_available"),
+        (HOST, [{"name": "a", "register": 0}, {"name": "b", "register": 1, "order": "XY"}],
+         "point 'b': order 'XY' is not valid (valid: ABCD, CDAB, BADC, DCBA", "point[1]"),
+        ({}, [], "options: give either host", "options"),
     ],
 )  # fmt: skip
 def test_a_wrong_table_is_refused_with_the_place_and_the_remedy(

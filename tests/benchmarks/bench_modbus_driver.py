@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ async def measure(port: int, seconds: float) -> list[dict[str, float | str]]:
         await driver.connect()
         await client.connect()
         try:
-            ours, ours_us = await _rate(lambda d=driver: d.read(d.points), values, seconds)  # type: ignore[misc,union-attr]
+            ours, ours_us = await _rate(lambda d=driver: d.read(d.points), values, seconds)  # type: ignore[misc]
             count = values * wide
             bare, bare_us = await _rate(
                 lambda c=client, n=count: c.read_holding_registers(0, count=n, device_id=1),  # type: ignore[misc]
@@ -101,6 +102,8 @@ def main() -> None:
             f"  bare pymodbus {row['pymodbus_readings_per_cpu_s']:>9,} ({row['pymodbus_us_per_request']} us)"
             f"  ratio {row['ratio']}"
         )
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"  peak RSS of the client, with both: {peak_mb:.0f} MB")
 
 
 if __name__ == "__main__":
