@@ -14,11 +14,11 @@ from msgspec import Meta
 Table: TypeAlias = dict[str, Any]
 """A table that belongs to a driver; its types check it."""
 
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 """A name that a person reads: not empty, one line."""
-Id: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Id: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 """A name that stands in topics and paths (`sync.identity.ID_PATTERN`)."""
-FilePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
+FilePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65_535)]
 Timeout: TypeAlias = Annotated[float, Meta(gt=0, le=3_600)]
 
@@ -54,7 +54,7 @@ class Uplink(_Strict, frozen=True, kw_only=True):
     tls: bool = True  #: plaintext is refused except to loopback
     ca_file: FilePath | None = None  #: the CA to trust; the system's where unset
     token_file: FilePath | None = None  #: the gateway's credential
-    token_env: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    token_env: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")] | None = None
     keepalive_s: Annotated[float, Meta(ge=1, le=3_600)] = (
         20.0  #: a half-open link is found within 1.5 times this
     )

@@ -51,8 +51,9 @@ def parse_toml(text: str, *, file: str = "") -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as err:  # also a number of more digits than Python reads
         found = re.search(r"at line (\d+)", str(err))
+        at_end = text.count("\n") + 1 if "end of document" in str(err) else None
         raise ConfigFileError(
-            f"not valid TOML: {err}", file=file, line=int(found.group(1)) if found else None
+            f"not valid TOML: {err}", file=file, line=int(found.group(1)) if found else at_end
         ) from err
 
 
@@ -124,6 +125,7 @@ def _split(message: str) -> tuple[str, str]:
 
 
 def _join(path: str, key: str) -> str:
+    key = key or '""'
     return f"{path}.{key}" if path else key
 
 
@@ -209,9 +211,18 @@ def line_of(text: str, path: str) -> int | None:
             at = tables[wanted]
             found = at + 1
             continue
-        for i in range(at, len(lines)):
+        for i in range(at, _table_end(lines, at)):
             if re.match(rf"\s*\"?{re.escape(step)}\"?\s*[=.]", lines[i]) or re.search(
                 rf"[{{,]\s*\"?{re.escape(step)}\"?\s*=", lines[i]
             ):
                 return i + 1
     return found
+
+
+_HEADER = re.compile(r"\s*\[\[?[^\[\],]+\]\]?\s*(#.*)?")
+
+
+def _table_end(lines: Sequence[str], at: int) -> int:
+    """Where the table that line `at` opens (or is in) ends: at the next table's header."""
+    start = at + 1 if _HEADER.fullmatch(lines[at]) else at
+    return next((i for i in range(start, len(lines)) if _HEADER.fullmatch(lines[i])), len(lines))
