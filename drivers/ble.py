@@ -23,8 +23,9 @@ import dataclasses
 import logging
 import re
 import stat
+import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
@@ -519,6 +520,7 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
         self._silence_timer: asyncio.TimerHandle | None = None
         self._silent = False
         self._triggered = False  #: the sensor sends only when something happens
+        self._now_s: Callable[[], float] = time.monotonic  # the loop's clock once connected
         self._connected_at_s = 0.0
         self._heard_at_s = 0.0
         self._last_packet: tuple[int, float] | None = None  #: id, and when it was heard
@@ -533,6 +535,7 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
         async with _hub().scanner(self.options.adapter) as scanner:
             self._scanner = scanner
             self._queue.begin()
+            self._now_s = loop.time
             self._connected_at_s = self._heard_at_s = loop.time()
             self._silent = self._triggered = False
             self._last_packet = None
@@ -576,8 +579,7 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
     # ------------------------------------------------------------------------------------------------ adverts
 
     def heard(self, data: bytes, rssi: int, taken_at_ns: int) -> None:
-        now_s = asyncio.get_running_loop().time()
-        self._heard_at_s = now_s
+        self._heard_at_s = now_s = self._now_s()
         self._silent = False
         try:
             advert = decode(data, self._key)

@@ -79,8 +79,10 @@ class PrivateBus:
         if program is None:
             raise RuntimeError(INSTALL)
         self._socket.unlink(missing_ok=True)
+        # So that it does not outlive a test that is killed.
+        bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         self._process = subprocess.Popen(
-            [program, f"--config-file={self._config}", "--nofork", "--nopidfile", "--print-address"],
+            [*bound, program, f"--config-file={self._config}", "--nofork", "--nopidfile", "--print-address"],
             stdout=subprocess.PIPE,
             stderr=self._log.open("w"),
             text=True,
