@@ -15,11 +15,12 @@ from sync.identity import GatewayName, IdentityError, Secret, read_secret
 
 
 class Secrets(msgspec.Struct, frozen=True):
-    """What the server itself needs; a sink reads its own."""
+    """What the server needs; the sinks that are not here read their own."""
 
     gateways: dict[GatewayName, Secret]
     broker: Secret | None
     operator: Secret | None
+    mysql: Secret | None = None
 
 
 def load_config(file: Path) -> Cloud:
@@ -50,7 +51,10 @@ def read_secrets(config: Cloud) -> Secrets:
         operator = read_secret(
             "server.operator_token", file=server.operator_token_file, env=server.operator_token_env
         )
-    return Secrets(gateways, broker, operator)
+    mysql = None
+    if config.mysql is not None:
+        mysql = read_secret("mysql", file=config.mysql.password_file, env=config.mysql.password_env)
+    return Secrets(gateways, broker, operator, mysql)
 
 
 def missing_secrets(config: Cloud) -> str | None:

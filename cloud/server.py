@@ -32,6 +32,7 @@ from cloud.intake import Intake
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
+from cloud.registry import SeriesGuard
 from cloud.runner import SinkRunner
 from cloud.sinks.contract import Sink
 from config.cloud import Cloud
@@ -51,7 +52,6 @@ PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever 
 TRIM_TO: Final = 0.75
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
-SINK_NAMES: Final = ("embedded", "archive", "influxdb", "mysql")
 
 
 class ServeError(Exception):
@@ -102,7 +102,11 @@ class CloudServer:
             stack.push_async_callback(journal.close)
             await dead_letters.open()
             stack.push_async_callback(dead_letters.close)
-            runners = tuple(SinkRunner(sink, journal, dead_letters) for sink in build_sinks(config))
+            guard = SeriesGuard(data_dir / "series.db", per_hour=config.limits.new_series_per_hour)
+            stack.push_async_callback(guard.close)
+            runners = tuple(
+                SinkRunner(sink, journal, dead_letters, guard=guard) for sink in build_sinks(config, secrets)
+            )
             services = Services(config, secrets, journal, dead_letters, runners, self.metrics)
             await self._serve(services)
 
@@ -177,7 +181,6 @@ class CloudServer:
         """Starts the slow jobs; returns what ends them."""
         from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-        logging.getLogger("apscheduler").setLevel(logging.WARNING)
         scheduler = AsyncIOScheduler(timezone="UTC")
         options = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
         scheduler.add_job(
@@ -313,9 +316,26 @@ async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:
                     await stop.wait()
 
 
-def build_sinks(config: Cloud) -> list[Sink]:
+def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:
     """The sinks that the configuration asks for; what a sink needs is imported only then."""
+    data_dir = Path(config.server.data_dir)
     sinks: list[Sink] = []
+    if config.embedded.enabled:
+        from cloud.sinks.embedded import EmbeddedSink
+
+        sinks.append(EmbeddedSink(data_dir, retention_days=config.embedded.retention_days))
+    if config.archive.enabled:
+        from cloud.sinks.archive import ArchiveSink
+
+        sinks.append(ArchiveSink(config.archive, data_dir / "archive"))
+    if config.influxdb is not None:
+        from cloud.sinks.influxdb import InfluxSink
+
+        sinks.append(InfluxSink(config.influxdb))
+    if config.mysql is not None and secrets.mysql is not None:
+        from cloud.sinks.mysql import MySqlSink
+
+        sinks.append(MySqlSink(config.mysql, secrets.mysql.reveal()))
     return sinks
 
 
@@ -369,7 +389,6 @@ def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
 
 
 async def _serve_http(http: uvicorn.Server, listener: socket.socket) -> None:
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         await http.serve(sockets=[listener])
     finally:
@@ -388,6 +407,7 @@ def serve(config: Cloud) -> None:
     """Run until SIGTERM or SIGINT. Raises what `CloudServer.run` raises."""
     import uvloop
 
+    os.umask(0o077)  # what gateways measure is nobody else's business
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(config))
 
@@ -406,3 +426,5 @@ def configure_logging(level: str) -> None:
         level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
     )
     logging.Formatter.converter = time.gmtime
+    for noisy in ("alembic", "apscheduler", "uvicorn", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
