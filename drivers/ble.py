@@ -110,12 +110,11 @@ class Listener(Protocol):
 
 
 class _Radio:
-    """The watching D-Bus connection of one adapter: is it there, what has BlueZ kept, and when does it go away."""
+    """The watching D-Bus connection of one adapter: is it there, and when does it go away."""
 
     def __init__(self, bus: MessageBus, adapter: str) -> None:
         self._bus = bus
         self.adapter = adapter  #: "hci0"
-        self.kept: dict[str, bytes] = {}  #: BTHome data that BlueZ remembers, by address
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._ended = asyncio.create_task(_ended(bus), name=f"ble-bus[{adapter}]")
 
@@ -151,12 +150,6 @@ class _Radio:
         path = f"/org/bluez/{radio.adapter}"
         await _match(bus, f"sender='org.bluez',path='{path}',interface='org.freedesktop.DBus.Properties'")
         await _match(bus, f"sender='org.bluez',member='InterfacesRemoved',arg0path='{path}'")
-        for where, interfaces in objects.items():
-            device = interfaces.get("org.bluez.Device1")
-            if device is not None and where.startswith(path + "/") and "ServiceData" in device:
-                data = device["ServiceData"].value.get(SERVICE_UUID)
-                if data is not None:
-                    radio.kept[device["Address"].value] = bytes(data.value)
         return radio
 
     def _on_message(self, message: Message) -> None:
@@ -308,6 +301,7 @@ class _Scanner:
         )
         with _translated(f"scanning on {self.adapter}"):
             async with asyncio.timeout(CALL_S):
+                self._seen.update(await _kept_data())
                 await scanner.start()
         self._scanner = scanner
         self._last_advert_s = self._loop.time()
@@ -361,23 +355,19 @@ class _Scanner:
         if listeners is None:
             return
         data = advert.service_data.get(SERVICE_UUID)
-        if data is None or not self._is_new(address, data, advert):
+        if data is None or not self._is_new(address, advert):
             return
         taken_at_ns = boot_ns()
         for listener in listeners:
             listener.heard(data, advert.rssi, taken_at_ns)
 
-    def _is_new(self, address: str, data: bytes, advert: AdvertisementData) -> bool:
+    def _is_new(self, address: str, advert: AdvertisementData) -> bool:
         """Was the data part of this signal, or is it what an earlier advert left behind? bleak merges both and passes
         its store: the very same object is the earlier one."""
         stored = _stored_data(advert)
         if stored is None:
             return True
-        before = self._seen.get(address)
-        self._seen[address] = stored
-        if before is None:
-            # The first signal since the scan began may show what BlueZ kept from another one.
-            return self._radio.kept.get(address) != data
+        before, self._seen[address] = self._seen.get(address), stored
         return before is not stored
 
     # ------------------------------------------------------------------------------------------------- guard
@@ -413,6 +403,22 @@ class _Scanner:
                 listener.lost(error)
         for survey in self._everybody:
             survey.lost(error)
+
+
+async def _kept_data() -> dict[str, object]:
+    """bleak's own store of what BlueZ has kept of BTHome sensors, by address; nothing if this bleak keeps it elsewhere
+    (the first signal of such a sensor may then be an old one)."""
+    from bleak.backends.bluezdbus.manager import get_global_bluez_manager
+
+    manager = await get_global_bluez_manager()
+    kept: dict[str, object] = {}
+    with contextlib.suppress(AttributeError, KeyError):
+        for interfaces in manager._properties.values():
+            device = interfaces.get("org.bluez.Device1", {})
+            data = device.get("ServiceData", {})
+            if SERVICE_UUID in data:
+                kept[device["Address"]] = data
+    return kept
 
 
 def _stored_data(advert: AdvertisementData) -> object | None:
@@ -492,20 +498,18 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
     point_type: ClassVar[type[Point]] = BlePoint
 
     def __init__(self, name: str, options: BleOptions, points: Sequence[BlePoint]) -> None:
-        super().__init__(name, options, [_effective(name, point) for point in points])
+        super().__init__(name, options, [_effective(point) for point in points])
         if not self.points:
-            raise ConfigError(f"{name}: has no points; add a [[device.point]] table")
+            raise ConfigError("has no points; add a [[device.point]] table")
         self._address = options.address.upper().replace("-", ":")
         if not _ADDRESS.fullmatch(self._address):
             raise ConfigError(
-                f'{name}: options.address is {options.address!r}; write six pairs of digits, as in "A4:C1:38:0B:5F:2E"'
+                f'options.address is {options.address!r}; write six pairs of digits, as in "A4:C1:38:0B:5F:2E"'
             )
         if not 0 <= options.stale_after_s <= 31_536_000:
-            raise ConfigError(
-                f"{name}: options.stale_after_s is {options.stale_after_s}; allowed is 0 to 31536000"
-            )
+            raise ConfigError(f"options.stale_after_s is {options.stale_after_s}; allowed is 0 to 31536000")
         if options.adapter and not re.fullmatch(r"[a-z]+\d+", options.adapter):
-            raise ConfigError(f'{name}: options.adapter is {options.adapter!r}; write a name such as "hci0"')
+            raise ConfigError(f'options.adapter is {options.adapter!r}; write a name such as "hci0"')
         self.overruns = 0  #: scans dropped because nobody took them in time
         self.counts = AdvertCounts()
         self._queue = ScanQueue()
@@ -548,7 +552,7 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
         if self._silence_timer is not None:
             self._silence_timer.cancel()
             self._silence_timer = None
-        self._queue.end(DeviceUnreachable(f"{self.name}: {self._address}: not connected"))
+        self._queue.end(DeviceUnreachable("not connected"))
         scanner, self._scanner = self._scanner, None
         if scanner is not None:
             scanner.remove(self._address, self)
@@ -558,13 +562,13 @@ class BleDriver(PushDriver[BleOptions, BlePoint]):
         if self._silence_timer is not None:
             self._silence_timer.cancel()
             self._silence_timer = None
-        self._queue.end(DeviceUnreachable(f"{self.name}: {error}", error.reason))
+        self._queue.end(error)
 
     def _read_key(self) -> Key | None:
         path = self.options.key_file
         if not path:
             return None
-        where = f"{self.name}: options.key_file {path}"
+        where = f"options.key_file {path}"
         try:
             public = Path(path).stat().st_mode & stat.S_IROTH
             text = Path(path).read_text(encoding="ascii")
@@ -742,9 +746,9 @@ class _Survey:
         return sorted(found, key=lambda one: (-one.likelihood, one.address))
 
 
-def _effective(device: str, point: BlePoint) -> BlePoint:
+def _effective(point: BlePoint) -> BlePoint:
     """The point with the type, scale and unit of its property; `scale` and `offset` of the configuration on top."""
-    where = f"{device}: point {point.name}"
+    where = f"point {point.name!r}"
     name = re.sub(r"[ .-]", "_", point.object.lower())
     repeated = _REPEATED.fullmatch(name)
     stem = repeated[1] if repeated and name not in PROPERTIES else name

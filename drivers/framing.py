@@ -41,8 +41,8 @@ class Framer(Protocol):
     def feed(self, chunk: bytes) -> list[bytes | None]:
         """The frames that these bytes complete."""
 
-    def cut_short(self) -> None:
-        """The line went silent inside a frame: forget it."""
+    def cut_short(self) -> bool:
+        """The line went silent inside a frame: forget it. True if it was lost while in step."""
 
     def begins(self) -> None:
         """The line was silent, and what comes next is the beginning of a frame."""
@@ -125,10 +125,12 @@ class TextFramer:
         self._counts.framing_errors += frames.count(None)
         return frames
 
-    def cut_short(self) -> None:
+    def cut_short(self) -> bool:
         """What comes next may be the tail or a new line, so skip to the next delimiter."""
+        was_in_step = self._in_step
         self._counts.framing_errors += 1
         self._skip_rest()
+        return was_in_step
 
     def begins(self) -> None:
         self._in_step = True
@@ -197,12 +199,14 @@ class BinaryFramer:
         self._buffer = buffer[at:]
         return frames
 
-    def cut_short(self) -> None:
+    def cut_short(self) -> bool:
         """What comes next cannot belong to what came before the silence."""
+        was_in_step = self._in_step
         self._counts.framing_errors += 1
         self._counts.skipped_bytes += len(self._buffer)
         self._buffer = b""
         self._in_step = False
+        return was_in_step
 
     def begins(self) -> None:
         """Nothing to do: a frame is known by its start and check."""

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
+from drivers.codec import limits_of
 from drivers.contract import (
     ConfigError,
     DeviceUnreachable,
@@ -102,16 +103,6 @@ class SerialLinePoint(Point, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 # ---------------------------------------------------------------------------------------------------------- decoding
 
-_INT_RANGE: dict[ValueType, tuple[int, int]] = {
-    ValueType.I8: (-(1 << 7), (1 << 7) - 1),
-    ValueType.U8: (0, (1 << 8) - 1),
-    ValueType.I16: (-(1 << 15), (1 << 15) - 1),
-    ValueType.U16: (0, (1 << 16) - 1),
-    ValueType.I32: (-(1 << 31), (1 << 31) - 1),
-    ValueType.U32: (0, (1 << 32) - 1),
-    ValueType.I64: (-(1 << 63), (1 << 63) - 1),
-    ValueType.U64: (0, (1 << 64) - 1),
-}
 _F32 = struct.Struct("<f")
 _F32_MAX = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 _BLANK = "".join(map(chr, range(33))) + "\x7f"  # blanks and control characters (STX, ETX, CR) round a field
@@ -143,7 +134,7 @@ def fit(value: float | bool | bytes, kind: ValueType) -> Value | Reason:
         return held if not whole or held == value else Reason.OVERFLOW
     if value != int(value):
         return Reason.DECODE
-    low, high = _INT_RANGE[kind]
+    low, high = limits_of(kind)
     return int(value) if low <= value <= high else Reason.OVERFLOW
 
 
@@ -239,31 +230,29 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         self._bounded("stale_after_s", options.stale_after_s, 0, 31_536_000)
         if not options.port:
             raise ConfigError(
-                f'{self.name}: options.port is empty; name a port, as in "/dev/serial/by-id/usb-…", '
+                'options.port is empty; name a port, as in "/dev/serial/by-id/usb-…", '
                 "which stays the same when plugs are swapped"
             )
         if not self.points:
-            raise ConfigError(f"{self.name}: has no points; add a [[device.point]] table")
+            raise ConfigError("has no points; add a [[device.point]] table")
 
     def _bounded(self, key: str, value: float, low: float, high: float) -> None:
         if not low <= value <= high:
-            raise ConfigError(f"{self.name}: options.{key} is {value}; allowed is {low} to {high}")
+            raise ConfigError(f"options.{key} is {value}; allowed is {low} to {high}")
 
     def _request_bytes(self) -> bytes:
         options = self.options
         if options.request and options.request_hex:
-            raise ConfigError(f"{self.name}: options has both request and request_hex; keep one")
+            raise ConfigError("options has both request and request_hex; keep one")
         if options.request_hex:
-            return _hex(options.request_hex, f"{self.name}: options.request_hex")
+            return _hex(options.request_hex, "options.request_hex")
         return self._latin1("request", options.request)
 
     def _latin1(self, key: str, text: str) -> bytes:
         try:
             return text.encode("latin-1")
         except UnicodeEncodeError:
-            raise ConfigError(
-                f"{self.name}: options.{key} holds a character that is more than one byte"
-            ) from None
+            raise ConfigError(f"options.{key} holds a character that is more than one byte") from None
 
     def _check_text(self) -> None:
         options = self.options
@@ -273,31 +262,25 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
             ("end_hex", options.end_hex),
         ):
             if given:
-                raise ConfigError(f'{self.name}: options.{key} belongs to framing = "binary"')
+                raise ConfigError(f'options.{key} belongs to framing = "binary"')
         if not options.delimiter:
-            raise ConfigError(f'{self.name}: options.delimiter is empty; the usual one is "\\n"')
+            raise ConfigError('options.delimiter is empty; the usual one is "\\n"')
         if options.decimal == options.separator:
-            raise ConfigError(
-                f"{self.name}: options.decimal and options.separator are both {options.decimal!r}"
-            )
+            raise ConfigError(f"options.decimal and options.separator are both {options.decimal!r}")
         self._delimiter = self._latin1("delimiter", options.delimiter)
-        self._pattern = (
-            _compile(options.pattern, f"{self.name}: options.pattern") if options.pattern else None
-        )
+        self._pattern = _compile(options.pattern, "options.pattern") if options.pattern else None
         self._own: dict[str, tuple[re.Pattern[str], int]] = {}
         by_line: dict[str, list[SerialLinePoint]] = {}
         for point in self.points:
             self._check_text_point(point)
             by_line.setdefault(point.line, []).append(point)
         self._lines = [
-            _Line(
-                _compile(line, f"{self.name}: point {points[0].name}, line") if line else None, tuple(points)
-            )
+            _Line(_compile(line, f"point {points[0].name!r}: line") if line else None, tuple(points))
             for line, points in by_line.items()
         ]
 
     def _check_text_point(self, point: SerialLinePoint) -> None:
-        where = f"{self.name}: point {point.name}"
+        where = f"point {point.name!r}"
         if point.item is not None:
             raise ConfigError(f'{where}: item belongs to framing = "binary"; use column, field or pattern')
         if point.column is not None:
@@ -310,7 +293,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         elif point.pattern:
             if point.field:
                 raise ConfigError(f"{where}: has both field and pattern; keep one")
-            own = _compile(point.pattern, f"{where}, pattern")
+            own = _compile(point.pattern, f"{where}: pattern")
             if not own.groups:
                 raise ConfigError(f"{where}: pattern {point.pattern!r} has no group; put the value in (…)")
             self._own[point.name] = (own, own.groupindex.get("value", 1))
@@ -326,7 +309,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 
     def _check_binary(self) -> None:
         options = self.options
-        where = f"{self.name}: options"
+        where = "options"
         for key, given in (("separator", options.separator), ("pattern", options.pattern)):
             if given:
                 raise ConfigError(f'{where}.{key} belongs to framing = "text"')
@@ -356,10 +339,10 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
             )
         for point in self.points:
             if point.column is not None or point.field or point.pattern or point.line:
-                raise ConfigError(f'{self.name}: point {point.name}: framing = "binary" takes item only')
+                raise ConfigError(f'point {point.name!r}: framing = "binary" takes item only')
             if point.item is None or not 1 <= point.item <= items:
                 raise ConfigError(
-                    f"{self.name}: point {point.name}: item is {point.item}; the layout has items 1 to {items}"
+                    f"point {point.name!r}: item is {point.item}; the layout has items 1 to {items}"
                 )
         self._items = tuple((point.item or 1) - 1 for point in self.points)
         self._lines = [_Line(None, self.points)]
@@ -431,9 +414,9 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 exclusive=True,  # two readers would each get half of the bytes
             )
         except ValueError as exc:
-            raise ConfigError(f"{self.name}: {options.port}: {exc}") from exc
+            raise ConfigError(f"options.port {options.port}: {exc}") from exc
         except (OSError, termios.error) as exc:  # SerialException is an OSError
-            raise _opening_failed(self.name, options.port, exc) from exc
+            raise _opening_failed(options.port, exc) from exc
 
     async def _settle(self) -> None:
         """Wait until the line is silent, or the reply to an earlier question would be taken for the reply to ours."""
@@ -445,14 +428,14 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 skipped = _read_away(self._fd)
             except OSError as exc:
                 self._release()
-                raise DeviceUnreachable(f"{self.name}: {self.options.port}: {exc.strerror}") from exc
+                raise DeviceUnreachable(f"{self.options.port}: {exc.strerror}") from exc
             self.counts.skipped_bytes += skipped
             if not skipped:
                 return
 
     async def close(self) -> None:
         self._release()
-        self._queue.end(DeviceUnreachable(f"{self.name}: {self.options.port}: not connected"))
+        self._queue.end(DeviceUnreachable(f"{self.options.port}: not connected"))
 
     def _release(self) -> None:
         for timer in (self._ask_timer, self._silence_timer):
@@ -472,7 +455,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 
     def _fail(self, why: str) -> None:
         self._release()
-        self._queue.end(DeviceUnreachable(f"{self.name}: {self.options.port}: {why}"))
+        self._queue.end(DeviceUnreachable(f"{self.options.port}: {why}"))
 
     # -------------------------------------------------------------------------------------------------- bytes
 
@@ -493,7 +476,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         gap_s = self.options.frame_timeout_ms / 1000
         if gap_s and now_s - self._last_byte_s > gap_s:
             if self._framer.partial:
-                self._framer.cut_short()
+                self._cut_short(taken_at_ns)
             elif not self._spoken:
                 self._framer.begins()
         self._spoken = True
@@ -501,6 +484,13 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         decode = self._decode_binary if self.options.framing == "binary" else self._decode_text
         for frame in self._framer.feed(chunk):
             scan = decode(frame, taken_at_ns, now_s)
+            if scan is not None:
+                self.overruns += self._queue.put(scan)
+
+    def _cut_short(self, taken_at_ns: int) -> None:
+        """The line stood still inside a frame, which is lost."""
+        if self._framer.cut_short():
+            scan = self._unreadable(taken_at_ns)
             if scan is not None:
                 self.overruns += self._queue.put(scan)
 
@@ -548,12 +538,12 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
 
     def _decode_text(self, frame: bytes | None, taken_at_ns: int, now_s: float) -> Scan | None:
         if frame is None:
-            return self._unreadable(taken_at_ns, now_s)
+            return self._unreadable(taken_at_ns)
         try:
             text = frame.decode(self.options.encoding).strip(_BLANK)
         except UnicodeDecodeError:
             self.counts.framing_errors += 1
-            return self._unreadable(taken_at_ns, now_s)
+            return self._unreadable(taken_at_ns)
         if not text:
             return None
         wanted = [line for line in self._lines if line.wanted is None or line.wanted.search(text)]
@@ -575,12 +565,12 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         self.counts.frames += 1
         return _scan(taken_at_ns, points, results)
 
-    def _unreadable(self, taken_at_ns: int, now_s: float) -> Scan | None:
-        """A line that is too long or not text. Where lines differ, which one it was meant to be cannot be told."""
+    def _unreadable(self, taken_at_ns: int) -> Scan | None:
+        """A message that is no whole frame. Where lines differ, which one it was meant to be cannot be told."""
         (first, *others) = self._lines
         if others or first.wanted is not None:
             return None
-        first.heard(now_s)
+        first.heard(asyncio.get_running_loop().time())
         return _bad(taken_at_ns, first.points, Reason.FRAMING)
 
     def _fields(self, text: str, points: tuple[SerialLinePoint, ...]) -> list[Value | Reason]:
@@ -654,9 +644,9 @@ def _hung_up(fd: int) -> bool:
     return any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
 
 
-def _opening_failed(name: str, port: str, exc: Exception) -> DeviceUnreachable | ConfigError:
+def _opening_failed(port: str, exc: Exception) -> DeviceUnreachable | ConfigError:
     number = exc.errno if isinstance(exc, OSError) else exc.args[0] if exc.args else None
-    text = f"{name}: {port}: "
+    text = f"{port}: "
     if number == errno.ENOENT:
         return DeviceUnreachable(
             text + "no such port; is it plugged in? `headgate scan serial` lists the ports"
@@ -666,7 +656,7 @@ def _opening_failed(name: str, port: str, exc: Exception) -> DeviceUnreachable |
     if number in (errno.EAGAIN, errno.EBUSY):
         return DeviceUnreachable(text + "in use by another program")
     if number == errno.ENOTTY or "Inappropriate ioctl" in str(exc):
-        return ConfigError(text + "is not a serial port")
+        return ConfigError(f"options.port {text}is not a serial port")
     return DeviceUnreachable(text + str(exc))
 
 

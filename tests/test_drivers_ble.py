@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from drivers import ble
+from drivers import ble, conformance
 from drivers.ble import BleDriver, BleOptions, BlePoint
 from drivers.contract import (
     ConfigError,
@@ -134,12 +134,12 @@ async def test_a_change_of_signal_strength_alone_is_no_reading(bluez: FakeBlueZ)
 
 
 async def test_what_bluez_kept_of_an_earlier_scan_is_no_reading(bluez: FakeBlueZ) -> None:
-    bluez.know(A, {BTHOME_UUID: bytes.fromhex("40 02FF7F")})
-    driver = sensor("temperature")
+    bluez.know(A, {BTHOME_UUID: bytes.fromhex("40 02CA09")})
+    driver = sensor("temperature", "rssi")
     async with listening(driver) as scans:
         bluez.advertise(A, rssi=-90)
         send(bluez, "40 02CA09")
-        assert (await following(scans)).values == [2506]
+        assert (await following(scans)).values == [2506, -60]
     assert driver.counts.adverts == 1
 
 
@@ -425,6 +425,23 @@ async def test_close_is_safe_without_connect_and_twice_and_after_the_bus_is_gone
         bluez.stop()
 
 
+# ------------------------------------------------------------------------------------------------------- conformance
+
+
+@pytest.mark.parametrize("check", conformance.PUSH, ids=conformance.title)
+async def test_the_driver_conforms(check: conformance.Check, bluez: FakeBlueZ) -> None:
+    async def provoke() -> None:
+        send(bluez, "40 02CA09 03BF13")
+
+    await check(
+        conformance.Subject(
+            build=lambda: sensor("temperature", "battery", "rssi"),
+            absent=lambda: sensor("temperature", adapter="hci9"),
+            provoke=provoke,
+        )
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- encryption
 
 # https://bthome.io/encryption/: 25.06 °C and 50.55 % under this key, from this address
@@ -551,18 +568,19 @@ def test_every_default_of_the_sample_is_the_default_of_the_code_and_its_devices_
 async def test_discover_tells_sensors_and_what_they_send(
     bluez: FakeBlueZ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ble, "DISCOVER_S", 0.5)
+    monkeypatch.setattr(ble, "DISCOVER_S", 1.0)
     found: list[Found] = []
 
     async def discover() -> None:
         found.extend([one async for one in BleDriver.discover()])
 
     task = asyncio.create_task(discover())
-    await until(lambda: bluez.discovering)
-    bluez.advertise("11:22:33:44:55:66", rssi=-50, name="Headphones")
-    bluez.advertise(B, rssi=-80, name="Door", service_data={BTHOME_UUID: encrypted("1A01", 1)})
-    bluez.advertise(A, rssi=-70, name="Room", service_data={BTHOME_UUID: bytes.fromhex("40 02CA09")})
-    bluez.advertise(A, rssi=-60, service_data={BTHOME_UUID: bytes.fromhex("40 03BF13")})
+    while not task.done():
+        bluez.advertise("11:22:33:44:55:66", rssi=-50, name="Headphones")
+        bluez.advertise(B, rssi=-80, name="Door", service_data={BTHOME_UUID: encrypted("1A01", 1)})
+        bluez.advertise(A, rssi=-70, name="Room", service_data={BTHOME_UUID: bytes.fromhex("40 02CA09")})
+        bluez.advertise(A, rssi=-60, service_data={BTHOME_UUID: bytes.fromhex("40 03BF13")})
+        await asyncio.sleep(0.02)
     await task
     assert [(one.address, one.description) for one in found] == [
         (A, "Room; BTHome v2; temperature, humidity; -60 dBm"),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drivers import serial_line
+from drivers import conformance, serial_line
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, Scan, Value, ValueType, boot_ns
 from drivers.framing import CHECKS, BinaryFramer, Check, LineCounts, TextFramer, crc16_modbus, nmea_agrees
 from drivers.scan_queue import ScanQueue
@@ -225,6 +225,7 @@ async def test_a_line_cut_short_is_never_joined_to_the_next(instrument: SerialIn
         await asyncio.sleep(0.1)  # the silence under test
         instrument.noise(b"6 C\n")
         instrument.send(b"W=1 kg, T=2 C\n")
+        assert set((await following(scans)).reasons.values()) == {Reason.FRAMING}
         assert (await following(scans)).values == [1.0, 2.0]
     assert driver.counts.framing_errors == 1
 
@@ -631,6 +632,27 @@ def python_type(kind: ValueType) -> type[Value]:
             return int
 
 
+# ------------------------------------------------------------------------------------------------------- conformance
+
+
+@pytest.mark.parametrize("framing", ["text", "binary"])
+@pytest.mark.parametrize("check", conformance.PUSH, ids=conformance.title)
+async def test_the_driver_conforms(
+    check: conformance.Check, framing: str, instrument: SerialInstrument
+) -> None:
+    def build() -> SerialLineDriver:
+        return text_driver(instrument) if framing == "text" else binary_driver(instrument)
+
+    async def provoke() -> None:
+        instrument.noise(b"\nW=1 kg, T=2 C\n" if framing == "text" else binary_frame(1, 2.0, 3))
+
+    def absent() -> SerialLineDriver:
+        options = msgspec.structs.replace(build().options, port=instrument.port + "-gone")
+        return SerialLineDriver("gone", options, build().points)
+
+    await check(conformance.Subject(build=build, absent=absent, provoke=provoke))
+
+
 # ----------------------------------------------------------------------------------------------------- configuration
 
 
@@ -643,9 +665,9 @@ def python_type(kind: ValueType) -> type[Value]:
         ({"separator": ","}, {}, "says not where it stands"),
         ({"separator": ",", "decimal": ","}, {"column": 1}, "both ','"),
         ({"separator": ","}, {"column": 1, "pattern": "(x)"}, "keep one"),
-        ({}, {"pattern": "(x"}, r"point p, pattern: '\(x' is not a valid pattern: .* at character 1"),
+        ({}, {"pattern": "(x"}, r"point 'p': pattern: '\(x' is not a valid pattern: .* at character 1"),
         ({}, {"pattern": "x"}, "has no group"),
-        ({}, {"pattern": "(x)", "line": "*"}, "point p, line"),
+        ({}, {"pattern": "(x)", "line": "*"}, "point 'p': line"),
         ({"pattern": "(?P<q>x)"}, {}, "has no group 'p'; it has q"),
         ({"pattern": "["}, {}, "options.pattern"),
         ({}, {"item": 1}, 'belongs to framing = "binary"'),
