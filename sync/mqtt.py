@@ -80,6 +80,7 @@ class MqttUplink:
         self._secret = secret
         self._on_command = on_command
         self._client: paho.Client | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._socket: socket.socket | None = None
         self._misc: asyncio.TimerHandle | None = None
         self._connected: asyncio.Future[ReasonCode] | None = None
@@ -156,7 +157,7 @@ class MqttUplink:
 
     async def _connect(self) -> None:
         """TCP, TLS and the broker's yes. Raises `LinkDown` naming the step that failed, `_Unsupported`."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         client = self._new_client()
         self._connected = loop.create_future()
         connecting = loop.run_in_executor(None, self._dial, client)
@@ -191,8 +192,8 @@ class MqttUplink:
         v5 = self.protocol == paho.MQTTv5
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
-            # "." is in no tenant's or gateway's name, so no two names share a client id.
-            client_id=f"{self._gateway.tenant}.{self._gateway.gateway}",
+            # ":" is in no tenant's or gateway's name, so no two names share a client id. (NATS refuses a ".".)
+            client_id=f"{self._gateway.tenant}:{self._gateway.gateway}",
             clean_session=None if v5 else True,
             protocol=self.protocol,
             reconnect_on_failure=False,
@@ -318,8 +319,8 @@ class MqttUplink:
     def _drop_socket(self) -> None:
         sock, self._socket = self._socket, None
         if sock is not None:
-            loop = asyncio.get_running_loop()
-            if sock.fileno() >= 0:
+            loop = self._loop
+            if loop is not None and not loop.is_closed() and sock.fileno() >= 0:
                 loop.remove_reader(sock)
                 loop.remove_writer(sock)
             with contextlib.suppress(OSError):
