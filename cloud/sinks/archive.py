@@ -1,0 +1,485 @@
+"""The archive: Delta tables `readings`, `gaps` and `events`, in a local folder or a bucket, each row appended once.
+
+Rules:
+1. A commit of a table holds the files and, as an application transaction, the journal's offset up to which the table
+   is complete: both or neither. `open` returns that of `readings`, so a restored or lost archive is filled again from
+   the journal.
+2. A record above every offset that the table knows cannot be in it, and is appended. Any other (a replay, a call
+   repeated after an unknown end, another journal) is looked up first by (tenant, gateway, epoch, seq, point), and only
+   what is missing is appended. So writing again changes nothing, whatever the cursor did.
+3. The files are made here by pyarrow and stored durably before the log names them (`archive_store`); Delta's log,
+   compaction and vacuum are deltalake's. A commit is bounded by what the runner gives: 20 MB for 200,000 readings.
+4. Gaps and events are committed before readings: a crash between is found by rule 2.
+5. One thread does everything that blocks; there is one writer (a second one is told by a conflicting commit, and the
+   call is repeated on what it left).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import errno
+import io
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from cloud.sinks.archive_store import FolderStore, Store
+from cloud.sinks.contract import (
+    EventRecord,
+    GapRecord,
+    Record,
+    RetryLater,
+    ScanRecord,
+    Settled,
+    SinkBroken,
+    SinkError,
+)
+from config.cloud import Archive
+from sync.wire import Layout, layout_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from deltalake import DeltaTable
+
+    from cloud.sinks.archive_columns import Partition
+    from cloud.sinks.minio import Bucket
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+APP: Final = "headgate"  #: application transaction: complete up to this offset
+LATE: Final = "headgate-late"  #: the highest offset appended out of turn, so above APP's
+MAX_RECORDS: Final = 65_536  #: per call
+FILE_BYTES: Final = 128 * 1024 * 1024  #: what compaction aims at
+VACUUM_MIN_HOURS: Final = 168.0  #: a reader may hold a version for a week (cloud.md section 4)
+NS_PER_DAY: Final = 86_400_000_000_000
+NS_PER_HOUR: Final = 3_600_000_000_000
+
+_CREDENTIALS: Final = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403 Forbidden")
+_FOR_A_HUMAN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+class ArchiveSink:
+    """The sink. `folder` is used unless the settings name an S3 endpoint."""
+
+    name = "archive"
+    max_records = MAX_RECORDS
+
+    def __init__(self, settings: Archive, folder: Path) -> None:
+        self.max_bytes = settings.commit_mb * 1024 * 1024
+        self.linger_s = settings.commit_interval_s
+        self._settings = settings
+        self._folder = folder
+        self._tables: _Tables | None = None
+        self._bucket: Bucket | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._compacted_ns = self._vacuumed_ns = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the store cannot do and how the archive does without, for `/readyz`."""
+        return self._bucket.notes if self._bucket is not None else ()
+
+    async def open(self) -> int | None:
+        """Raises `RetryLater`, `SinkBroken`."""
+        await self.close()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        return await self._in_thread(self._open)
+
+    async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
+        """Raises `RetryLater`, `SinkBroken`."""
+        await self._in_thread(lambda: self._write(records, upto_offset))
+        return Settled()
+
+    async def maintain(self, now_ns: int) -> None:
+        """Compaction, retention and vacuum, each when it is due. Raises `RetryLater`, `SinkBroken`."""
+        await self._in_thread(lambda: self._maintain(now_ns))
+
+    async def close(self) -> None:
+        thread = self._thread
+        self._thread = self._tables = self._bucket = None
+        if thread is not None:
+            await asyncio.to_thread(thread.shutdown)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        if self._thread is None:
+            raise RetryLater("archive: not open")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    # --- in the thread ---
+
+    def _open(self) -> int:
+        store: Store
+        if self._settings.endpoint:
+            from cloud.sinks.minio import Bucket
+
+            self._bucket = store = Bucket(self._settings)
+            self._bucket.prepare()
+        else:
+            store = FolderStore(self._folder)
+            with _foreign(str(self._folder)):
+                self._folder.mkdir(parents=True, exist_ok=True)
+        tables = _Tables(store)
+        offset = tables.open()
+        self._tables = tables
+        return offset
+
+    def _write(self, records: Sequence[Record], upto: int) -> None:
+        if self._tables is None:
+            raise RetryLater("archive: not open")
+        self._tables.store(records, upto)
+
+    def _maintain(self, now_ns: int) -> None:
+        settings = self._settings
+        if self._tables is None:
+            raise RetryLater("archive: not open")
+        cutoff = (now_ns - round(settings.retention_days * NS_PER_DAY)) // NS_PER_DAY
+        for table in self._tables.all:
+            removed = table.drop_before(cutoff)
+            if removed:
+                log.info("archive: %s: %d rows are past their %g days and removed",
+                         table.name, removed, settings.retention_days)  # fmt: skip
+        if now_ns - self._compacted_ns >= settings.compact_hours * NS_PER_HOUR * 0.9:
+            for table in self._tables.all:
+                table.compact()
+            self._compacted_ns = now_ns
+        if now_ns - self._vacuumed_ns >= settings.vacuum_hours * NS_PER_HOUR:
+            for table in self._tables.all:
+                table.vacuum()
+            self._vacuumed_ns = now_ns
+
+
+class _Tables:
+    """The three tables of one archive."""
+
+    def __init__(self, store: Store) -> None:
+        from cloud.sinks import archive_columns as columns
+
+        self._columns = columns
+        self.readings = Table(store, "readings", columns.READINGS)
+        self.gaps = Table(store, "gaps", columns.GAPS)
+        self.events = Table(store, "events", columns.EVENTS)
+        self.all = (self.gaps, self.events, self.readings)
+
+    def open(self) -> int:
+        for table in self.all:
+            table.open()
+        return self.readings.complete_to
+
+    def store(self, records: Sequence[Record], upto: int) -> None:
+        scans = [record for record in records if isinstance(record, ScanRecord)]
+        if len(scans) < len(records):
+            gaps = [record for record in records if isinstance(record, GapRecord)]
+            events = [record for record in records if isinstance(record, EventRecord)]
+            if gaps:
+                self._append(self.gaps, gaps, _absent, self._columns.gaps, upto)
+            if events:
+                self._append(self.events, events, _absent, self._columns.events, upto)
+        self._append(self.readings, scans, _absent_points, self._columns.readings, upto)
+
+    @staticmethod
+    def _append(
+        table: Table,
+        records: Sequence[RecordT],
+        absent: Callable[[Table, Sequence[RecordT]], list[RecordT]],
+        build: Callable[[Sequence[RecordT]], dict[Partition, pa.Table]],
+        upto: int,
+    ) -> None:
+        """Rule 2."""
+        table.refresh()
+        known = max(table.complete_to, table.late_to)
+        wanted = [record for record in records if record.offset > known]
+        if len(wanted) < len(records):
+            wanted += absent(table, [record for record in records if record.offset <= known])
+        highest = max((record.offset for record in wanted), default=0)
+        if wanted or upto > table.complete_to:
+            table.append(build(wanted) if wanted else {}, max(upto, table.complete_to), highest)
+
+
+RecordT = TypeVar("RecordT", ScanRecord, GapRecord, EventRecord)
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who sent a run of frames."""
+
+    tenant: str
+    gateway: str
+    epoch: int
+
+
+def _absent(table: Table, records: Sequence[RecordT]) -> list[RecordT]:
+    """Those of the records that the table does not hold."""
+    absent: list[RecordT] = []
+    for who, theirs in _by_identity(records).items():
+        held = table.held(who, theirs, ())
+        absent.extend(record for record in theirs if record.seq not in held)
+    return absent
+
+
+def _absent_points(table: Table, scans: Sequence[ScanRecord]) -> list[ScanRecord]:
+    """Those of the scans, and of their points, that the table does not hold."""
+    absent: list[ScanRecord] = []
+    for who, theirs in _by_identity(scans).items():
+        held = table.held(who, theirs, ("point",))
+        for scan in theirs:
+            points = held.get(scan.seq)
+            if points is None:
+                absent.append(scan)
+                continue
+            missing = [i for i, name in enumerate(scan.layout.names) if name not in points]
+            if missing:
+                absent.append(_part_of(scan, missing))
+    return absent
+
+
+def _by_identity(records: Iterable[RecordT]) -> dict[Identity, list[RecordT]]:
+    found: dict[Identity, list[RecordT]] = {}
+    for record in records:
+        found.setdefault(Identity(record.tenant, record.gateway, record.epoch), []).append(record)
+    return found
+
+
+def _part_of(scan: ScanRecord, points: Sequence[int]) -> ScanRecord:
+    whole = scan.layout
+    part = Layout(
+        whole.device, whole.driver, whole.measurement,
+        tuple(whole.names[i] for i in points), tuple(whole.types[i] for i in points),
+        tuple(whole.units[i] for i in points), tuple(whole.scales[i] for i in points),
+        tuple(whole.offsets[i] for i in points), whole.tags,
+    )  # fmt: skip
+    return msgspec.structs.replace(
+        scan,
+        layout=part,
+        layout_id=layout_id(part),
+        values=[scan.values[i] for i in points],
+        reasons={at: scan.reasons[i] for at, i in enumerate(points) if i in scan.reasons},
+    )
+
+
+class Table:
+    """One Delta table. Every method blocks, and raises `RetryLater` or `SinkBroken` and nothing else."""
+
+    def __init__(self, store: Store, name: str, schema: pa.Schema) -> None:
+        self.name = name
+        self.complete_to = 0  #: every record up to this offset is in the table
+        self.late_to = 0  #: some records up to this offset are
+        self._store = store
+        self._schema = schema
+        self._where = f"archive {store.address(name)}"
+        self._delta: DeltaTable | None = None
+
+    def open(self) -> None:
+        """Opens the table, and makes it where there is none."""
+        from deltalake import DeltaTable
+
+        from cloud.sinks.archive_columns import PARTITION
+
+        address, options = self._store.address(self.name), self._store.options
+        with self._foreign():
+            self._delta = None
+            self._store.mend(self.name)
+            if not DeltaTable.is_deltatable(address, storage_options=options):
+                DeltaTable.create(
+                    address,
+                    self._schema,
+                    mode="ignore",
+                    partition_by=list(PARTITION),
+                    name=self.name,
+                    description="Headgate archive",
+                    storage_options=options,
+                )
+                self._store.settle(self.name)
+            delta = DeltaTable(address, storage_options=options)
+            self._complete_schema(delta)
+            self.complete_to = delta.transaction_version(APP) or 0
+            self.late_to = delta.transaction_version(LATE) or 0
+            self._delta = delta
+
+    def refresh(self) -> None:
+        """Opens the table again where a call before ended in the unknown."""
+        if self._delta is None:
+            self.open()
+
+    def append(self, parts: Mapping[Partition, pa.Table], complete_to: int, highest: int) -> None:
+        """One commit: these rows, and the offset up to which the table is then complete."""
+        from deltalake import CommitProperties, Transaction
+        from deltalake.transaction import AddAction
+
+        from cloud.sinks.archive_columns import PARTITION
+
+        late_to = max(self.late_to, highest)
+        marks = [Transaction(APP, complete_to)]
+        if late_to > complete_to:
+            marks.append(Transaction(LATE, late_to))
+        files = [self._file(partition, rows) for partition, rows in parts.items()]
+        with self._foreign():
+            actions: list[AddAction] = []
+            for file in files:
+                self._store.put(self.name, file.path, file.data)
+                actions.append(AddAction(
+                    path=file.path, size=len(file.data), partition_values=file.partition,
+                    modification_time=time.time_ns() // 1_000_000, data_change=True, stats=file.stats,
+                ))  # fmt: skip
+            self._opened.create_write_transaction(
+                list(actions),
+                "append",
+                self._schema,
+                list(PARTITION),
+                commit_properties=CommitProperties(app_transactions=marks),
+            )
+            self._opened.update_incremental()  # else the next commit would take this one for another writer's
+            self._store.settle(self.name)
+        self.complete_to = complete_to
+        self.late_to = late_to
+
+    def held(self, who: Identity, records: Sequence[RecordT], also: tuple[str, ...]) -> dict[int, set[str]]:
+        """Which of these records' seqs the table holds, each with the values of the column `also`."""
+        import pyarrow.dataset as ds
+
+        from cloud.sinks.archive_columns import partition_of
+
+        seqs = {record.seq for record in records}
+        days = sorted({partition_of(record)[0] for record in records})
+        wanted = (
+            ds.field("day").isin([_date(day) for day in days])
+            & (ds.field("tenant") == who.tenant)
+            & (ds.field("gateway") == who.gateway)
+            & (ds.field("epoch") == who.epoch)
+            & (ds.field("seq") >= min(seqs))
+            & (ds.field("seq") <= max(seqs))
+        )
+        held: dict[int, set[str]] = {}
+        with self._foreign():
+            scanner = self._opened.to_pyarrow_dataset().scanner(columns=["seq", *also], filter=wanted)
+            for batch in scanner.to_batches():
+                found = batch.column("seq").to_pylist()
+                words = batch.column(also[0]).to_pylist() if also else [""] * len(found)
+                for seq, word in zip(found, words, strict=True):
+                    if seq in seqs:
+                        held.setdefault(seq, set()).add(word)
+        return held
+
+    def drop_before(self, day: int) -> int:
+        """Removes the partitions of earlier days; how many rows these held."""
+        with self._foreign():
+            oldest = min((part["day"] for part in self._opened.partitions()), default=None)
+            if oldest is None or oldest >= _date(day).isoformat():
+                return 0
+            before = self._opened.count()
+            self._opened.delete(f"day < DATE '{_date(day).isoformat()}'")
+            self._store.settle(self.name)
+            return before - self._opened.count()
+
+    def compact(self) -> None:
+        """Joins small files. Readers see the same rows throughout."""
+        with self._foreign():
+            done = self._opened.optimize.compact(target_size=FILE_BYTES, max_concurrent_tasks=1)
+            self._store.settle(self.name)
+        if done["numFilesRemoved"]:
+            log.info("archive: %s: %s files joined to %s",
+                     self.name, done["numFilesRemoved"], done["numFilesAdded"])  # fmt: skip
+
+    def vacuum(self) -> None:
+        """Deletes the files that no version of the last week needs, also those that no commit ever named."""
+        with self._foreign():
+            gone = self._opened.vacuum(retention_hours=int(VACUUM_MIN_HOURS), dry_run=False, full=True)
+            self._store.settle(self.name)
+        if gone:
+            log.info("archive: %s: %d unused files deleted", self.name, len(gone))
+
+    @property
+    def _opened(self) -> DeltaTable:
+        if self._delta is None:
+            raise RetryLater(f"{self._where}: not open")
+        return self._delta
+
+    def _file(self, partition: Partition, rows: pa.Table) -> _File:
+        """The rows as Parquet in memory, with what a reader needs to pass the file over."""
+        import pyarrow.parquet as pq
+
+        data = io.BytesIO()
+        # zstd at level 1 is smaller than snappy and costs no more; readers do not need pyarrow's own schema.
+        pq.write_table(rows, data, compression="zstd", compression_level=1, store_schema=False)
+        day = _date(partition[0]).isoformat()
+        path = f"day={day}/tenant={partition[1]}/part-{uuid.uuid4()}.zstd.parquet"
+        return _File(path, {"day": day, "tenant": partition[1]}, data.getbuffer(), _stats(rows))
+
+    def _complete_schema(self, delta: DeltaTable) -> None:
+        """A table made by an older version gets the columns that it lacks."""
+        from deltalake.schema import Schema
+
+        have = {field.name for field in delta.schema().fields}
+        missing = [field for field in Schema.from_arrow(self._schema).fields if field.name not in have]
+        if missing:
+            log.info("%s: adding columns %s", self._where, ", ".join(field.name for field in missing))
+            delta.alter.add_columns(missing)
+            self._store.settle(self.name)
+
+    @contextlib.contextmanager
+    def _foreign(self) -> Iterator[None]:
+        try:
+            with _foreign(self._where):
+                yield
+        except SinkError:
+            self._delta = None  # what was stored is unknown: read it again before the next call
+            raise
+
+
+class _File(msgspec.Struct, frozen=True):
+    path: str
+    partition: dict[str, str | None]
+    data: memoryview
+    stats: str
+
+
+def _stats(rows: pa.Table) -> str:
+    """Smallest and largest values (Delta protocol, per-file statistics)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    low: dict[str, str | int] = {}
+    high: dict[str, str | int] = {}
+    for name in ("gateway", "device", "point", "taken_at_ns", "epoch", "seq"):
+        if name not in rows.column_names:
+            continue
+        column = rows.column(name).combine_chunks()
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary  # every word of it stands in some row
+        found = pc.min_max(column).as_py()
+        low[name], high[name] = found["min"], found["max"]
+    nulls = dict.fromkeys(low, 0)
+    return json.dumps({"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls})
+
+
+def _date(day: int) -> datetime.date:
+    return datetime.date(1970, 1, 1) + datetime.timedelta(days=day)
+
+
+@contextlib.contextmanager
+def _foreign(where: str) -> Iterator[None]:
+    """Errors of the store and of deltalake become ours."""
+    from deltalake.exceptions import DeltaError, DeltaProtocolError, SchemaMismatchError
+
+    try:
+        yield
+    except SinkError:
+        raise
+    except (SchemaMismatchError, DeltaProtocolError) as err:
+        raise SinkBroken(f"{where}: {err}; is it another program's table?") from err
+    except (DeltaError, OSError) as err:
+        text = str(err)
+        if isinstance(err, OSError) and err.errno in _FOR_A_HUMAN:
+            raise SinkBroken(f"{where}: {text}; the folder must be writable") from err
+        if any(word in text for word in _CREDENTIALS):
+            raise SinkBroken(f"{where}: {text}; check the access key and what it may do") from err
+        raise RetryLater(f"{where}: {text}") from err
