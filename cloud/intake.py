@@ -22,13 +22,25 @@ from cloud.intervals import coalesce
 from cloud.intervals import count as count_of
 from cloud.journal.contract import Entry, Journal, JournalError, JournalFull, Range
 from cloud.metrics import Metrics
-from sync.wire import COMPRESSION_ZSTD, Ack, Head, Nack, Reply, WireError, claimed, open_head
+from sync.wire import (
+    COMPRESSION_ZSTD,
+    MAX_FRAMES,
+    MAX_POINTS,
+    Ack,
+    Head,
+    Nack,
+    Reply,
+    WireError,
+    claimed,
+    open_head,
+)
 
 log = logging.getLogger(__name__)
 
 RETRY_BUSY_S: Final = 1.0  #: too much under way: the next commits are milliseconds away
 RETRY_BROKEN_S: Final = 30.0  #: the journal cannot be written: a human is on the way
 MAX_STATE_BYTES: Final = 64 * 1024
+MAX_READINGS: Final = MAX_FRAMES * MAX_POINTS  #: and the journal's integers have 64 bits
 
 
 class StateError(ValueError):
@@ -111,6 +123,8 @@ class Intake:
         try:
             head, start = open_head(payload)
             check_body(head, payload, start)
+            if head.readings > MAX_READINGS:
+                raise WireError("head", f"{head.readings} readings; a batch has at most {MAX_READINGS}")
         except WireError as err:
             return self._refuse(claimed(payload), err.code, str(err))
         if head.gateway != arrival.gateway:

@@ -444,7 +444,7 @@ def claimed(payload: bytes) -> tuple[int, int, int]:
     """What a refused batch says of itself, unchecked, to name it in the refusal: epoch, first and last, or zeros."""
     try:
         head = _decode_head(memoryview(payload)[1 : 1 + _head_size(payload)])
-    except (WireError, msgspec.DecodeError, IndexError):
+    except (WireError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return 0, 0, 0
     return head.epoch, head.first, head.last
 

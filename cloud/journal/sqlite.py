@@ -397,15 +397,16 @@ class SqliteJournal:
                 db.executemany(_INSERT, rows)
             self._persist(db, dirty, tallies)
             db.execute("COMMIT")
-            self.commits += 1
-            self._used_bytes = self._measure(db)
-        except sqlite3.Error as err:
+        except Exception as err:  # noqa: BLE001 - nothing was committed, all are told, and the thread lives on
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             self._next = start
             for key in dirty:
                 self._forget(key)
             return self._translate(err)
+        self.commits += 1
+        with contextlib.suppress(sqlite3.Error):  # it is committed: a failure to look must not take that back
+            self._used_bytes = self._measure(db)
         self._shrink_cache()
         self._tidy_wal(db)
         return None
@@ -525,7 +526,11 @@ class SqliteJournal:
             ):  # a full disk, or a reader for longer than the timeout: next time
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _translate(self, err: sqlite3.Error) -> JournalError:
+    def _translate(self, err: Exception) -> JournalError:
+        if not isinstance(err, sqlite3.Error):
+            return JournalBroken(
+                f"{self.path}: {type(err).__name__}: {err}; a fault of ours (nothing was acknowledged)"
+            )
         code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
         if code == sqlite3.SQLITE_FULL or (
             code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
