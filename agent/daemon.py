@@ -64,15 +64,15 @@ def run(loaded: Loaded) -> int:
         lock = StateLock.take(folder)
     except StateDirError as err:
         raise StartError(str(err)) from err
-    leaver = _Leaver()
+    leaver = Leaver()
     try:
-        leaver.code = asyncio.run(Daemon(loaded, folder, leaver).serve())
+        leaver.code = asyncio.run(Daemon(loaded, folder, leaver, random.Random()).serve())
         return leaver.code
     finally:
         lock.release()
 
 
-class _Leaver:
+class Leaver:
     """Ends the process when leaving takes too long: a thread stuck in a library must not hold up a shutdown."""
 
     def __init__(self) -> None:
@@ -92,11 +92,12 @@ class _Leaver:
 class Daemon:
     """One run of the agent."""
 
-    def __init__(self, loaded: Loaded, folder: Path, leaver: _Leaver) -> None:
+    def __init__(self, loaded: Loaded, folder: Path, leaver: Leaver, rng: random.Random) -> None:
         self._config = loaded.config
         self._loaded = loaded
         self._folder = folder
         self._leaver = leaver
+        self._rng = rng
         self._stop = asyncio.Event()
         self._name = GatewayName(self._config.gateway.tenant, self._config.gateway.name)
         self._clock = SystemClock()
@@ -127,7 +128,7 @@ class Daemon:
         """Start, run, leave. The exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._leave, number)
+            loop.add_signal_handler(number, self._told_to_leave, number)
         self._tell_config()
         try:
             buffer = await Buffer.open(
@@ -171,6 +172,7 @@ class Daemon:
             self.status.state = RunState.RUNNING
             buffer.record_event("start", f"headgate {self.status.version} started")
             await asyncio.to_thread(self._save_config)
+            await asyncio.to_thread(self._write, self._told(buffer))
             self._notify.send("READY=1")
             log.info("running: %d devices, %d points", len(pollers), all_points(self._loaded.devices))
             try:
@@ -182,16 +184,19 @@ class Daemon:
             await buffer.commit()
             await _cancel(core, _TASKS_LEAVE_S)
 
-    def _leave(self, number: int) -> None:
+    def _told_to_leave(self, number: int) -> None:
         if not self._stop.is_set():
             log.info("%s: leaving", signal.Signals(number).name)
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop reading, commit, end; `serve` returns soon after."""
         self._leaver.start()
         self._stop.set()
 
     # --- parts ---
 
     def _pollers(self, buffer: Buffer) -> list[DevicePoller]:
-        rng = random.Random()
         pollers = []
         for made in self._loaded.devices:
             plan = made.plan
@@ -206,7 +211,7 @@ class Daemon:
             gauge = Gauge(health, time.time_ns)
             self._gauges.append(gauge)
             try:
-                pollers.append(DevicePoller(plan, made.driver, buffer, gauge, rng))
+                pollers.append(DevicePoller(plan, made.driver, buffer, gauge, self._rng))
             except ConfigError as err:
                 gauge.enter(State.MISCONFIGURED, str(err))
                 log.error("%s: not started: %s", plan.name, err)
@@ -228,7 +233,7 @@ class Daemon:
         if uplink is None:
             await asyncio.Event().wait()
         else:
-            self._forwarder = Forwarder(buffer, uplink, self._config.uplink, link, random.Random())
+            self._forwarder = Forwarder(buffer, uplink, self._config.uplink, link, self._rng)
             await self._forwarder.run()
 
     async def _beat(self, buffer: Buffer) -> None:
