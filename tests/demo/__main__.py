@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -48,7 +47,6 @@ def say(text: str) -> None:
 class Demo:
     folder: Path
     seconds: float
-    tamper: str
     ble: str = "decoder"
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     ends: list[tuple[int, int]] = field(default_factory=list)
@@ -72,7 +70,7 @@ class Demo:
             words += ['scale = 0.1\nunit = "Cel"\nvalid_min = 0.0\nvalid_max = 120.0\n']
         words += ['[[device]]\nname = "meter"\ndriver = "modbus"\nperiod_ms = 500\n']
         words += [
-            f'[device.options]\nframing = "rtu"\nserial_port = "{plant["meter_tty"]}"\nbaud = 115200\nunit = 1\n'
+            f'[device.options]\nserial = "{plant["meter_tty"]}"\nbaud = 115200\nparity = "none"\nunit = 1\n'
         ]
         words += ['[[device.point]]\nname = "n"\nregister = 0\ntype = "u32"\n']
         for k in range((METER_REGISTERS - 2) // 2):
@@ -130,12 +128,12 @@ class Demo:
             return
         from tests.fakes.bluez import private_bus
 
-        with private_bus() as address:
+        with private_bus() as bus:
             self.ble = "bluez"
-            self.env["DBUS_SYSTEM_BUS_ADDRESS"] = address
+            self.env["DBUS_SYSTEM_BUS_ADDRESS"] = bus.address
             yield
 
-    def go(self) -> auditor.Verdict:
+    def go(self) -> None:
         token, cloud_word = self.secret("gateway.token"), self.secret("cloud.password")
         users = {f"{TENANT}/{GATEWAY}": token.read_text(), "headgate-cloud": cloud_word.read_text()}
         with contextlib.ExitStack() as stack:
@@ -186,7 +184,14 @@ class Demo:
             plant.wait()
             self.drain(stack)
             cloud.end(signal.SIGTERM)
-        return self.audit()
+        facts = {"ends": self.ends, "kills": self.kills, "cuts": self.cuts, "ble": self.ble}
+        (self.folder / "run.json").write_text(json.dumps(facts))
+
+    def remember(self) -> None:
+        """What an earlier run in this folder did to its parts."""
+        facts = json.loads((self.folder / "run.json").read_text())
+        self.ends = [(a, b) for a, b in facts["ends"]]
+        self.kills, self.cuts, self.ble = facts["kills"], facts["cuts"], facts["ble"]
 
     def cut(self, broker: ServerProcess, view: screen.Screen) -> None:
         view.note("the uplink is cut: the broker is killed (SIGKILL)")
@@ -223,8 +228,6 @@ class Demo:
         drainer.end(signal.SIGTERM)
 
     def audit(self) -> auditor.Verdict:
-        if self.tamper:
-            tamper_with(self.folder / "cloud", self.tamper)
         state = screen.buffer_state(self.folder / "gateway")
         assert state is not None
         data = self.folder / "cloud"
@@ -232,7 +235,7 @@ class Demo:
             auditor.read_log(self.folder / "plant.log"),
             state.kept,
             {
-                "embedded": auditor.held_by_embedded(data / "embedded.db"),
+                "embedded": auditor.held_by_embedded(data / "readings.sqlite"),
                 "archive": auditor.held_by_archive(data / "archive"),
             },
             self.ends,
@@ -249,35 +252,27 @@ def check_decoder() -> int:
     return 100
 
 
-def tamper_with(cloud: Path, sink: str) -> None:
-    """Deletes one reading behind everybody's back: the audit must see it."""
-    if sink == "embedded":
-        with sqlite3.connect(cloud / "embedded.db") as db:
-            db.execute("DELETE FROM readings WHERE rowid = (SELECT max(rowid) FROM readings)")
-    else:
-        from deltalake import DeltaTable
-
-        table = DeltaTable(str(cloud / "archive" / "readings"))
-        row = table.to_pyarrow_table(columns=["device", "point", "seq"]).slice(0, 1).to_pylist()[0]
-        table.delete(f"device = '{row['device']}' AND point = '{row['point']}' AND seq = {row['seq']}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("DEMO_S") or 60))
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this new folder and leave it there")
     parser.add_argument(
-        "--tamper", choices=("", "embedded", "archive"), default="", help="delete one row first"
+        "--again", type=Path, metavar="DIR", help="only audit again what an earlier run kept there"
     )
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        if options.keep:
-            folder = options.keep
-            folder.mkdir(parents=True)
+        if options.again:
+            demo = Demo(options.again.resolve(), 0.0)
+            demo.remember()
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headgate-demo-")))
-        demo = Demo(folder.resolve(), options.seconds, options.tamper)
-        verdict = demo.go()
+            if options.keep:
+                folder = options.keep
+                folder.mkdir(parents=True)
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headgate-demo-")))
+            demo = Demo(folder.resolve(), options.seconds)
+            demo.go()
+        verdict = demo.audit()
     for line in verdict.wrong:
         say(f"wrong: {line}")
     result = {

@@ -39,6 +39,15 @@ class Held:
     without_counter: int = 0  #: scans whose counter has no value (a failed read, kept with its reason)
 
 
+@dataclass
+class Sink:
+    """What one sink holds, and what gap reports in it say is gone: after it was kept, or before (overruns)."""
+
+    devices: dict[str, Held]
+    gaps: int
+    overruns: int
+
+
 def read_log(path: Path) -> dict[str, Offered]:
     streams: dict[str, Offered] = {}
     for line in path.read_text().splitlines():
@@ -48,7 +57,7 @@ def read_log(path: Path) -> dict[str, Offered]:
     return streams
 
 
-def held_by_embedded(file: Path) -> tuple[dict[str, Held], int]:
+def held_by_embedded(file: Path) -> Sink:
     """Per device what SQLite holds, and the readings that gap reports say are gone."""
     held: dict[str, Held] = {}
     with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
@@ -63,11 +72,15 @@ def held_by_embedded(file: Path) -> tuple[dict[str, Held], int]:
             (COUNTER,),
         ):
             _count(held[device], value)
-        gaps = db.execute("SELECT coalesce(sum(readings), 0) FROM gaps").fetchone()[0]
-    return held, gaps
+        # a gap without seqs is an overrun: it was never kept
+        gaps = db.execute("SELECT coalesce(sum(lost_readings), 0) FROM gaps WHERE first_seq > 0").fetchone()[
+            0
+        ]
+        overruns = db.execute("SELECT coalesce(sum(readings), 0) FROM gaps WHERE first_seq = 0").fetchone()[0]
+    return Sink(held, gaps, overruns)
 
 
-def held_by_archive(folder: Path) -> tuple[dict[str, Held], int]:
+def held_by_archive(folder: Path) -> Sink:
     """The same from the Delta tables."""
     table = DeltaTable(str(folder / "readings")).to_pyarrow_table(columns=["device", "point", "value"])
     held: dict[str, Held] = {}
@@ -76,15 +89,12 @@ def held_by_archive(folder: Path) -> tuple[dict[str, Held], int]:
     counters = table.filter(pc.equal(table["point"], COUNTER))
     for device, value in zip(counters["device"].to_pylist(), counters["value"].to_pylist(), strict=True):
         _count(held[device], value)
-    gaps = 0
+    gaps = overruns = 0
     if (folder / "gaps").exists():
-        gaps = (
-            pc.sum(
-                DeltaTable(str(folder / "gaps")).to_pyarrow_table(columns=["readings"])["readings"]
-            ).as_py()
-            or 0
-        )
-    return held, gaps
+        told = DeltaTable(str(folder / "gaps")).to_pyarrow_table(columns=["first", "readings"]).to_pylist()
+        gaps = sum(row["readings"] for row in told if row["first"] > 0)
+        overruns = sum(row["readings"] for row in told if row["first"] == 0)
+    return Sink(held, gaps, overruns)
 
 
 def _count(held: Held, value: float | None) -> None:
@@ -115,15 +125,15 @@ class Verdict:
 def audit(
     offered: dict[str, Offered],
     kept: int,
-    overruns: int,
-    sinks: dict[str, tuple[dict[str, Held], int]],
+    sinks: dict[str, Sink],
     ends: list[tuple[int, int]],
 ) -> Verdict:
     """`ends` are the (from, to) boot-clock spans in which an ended agent may have lost what it had not committed."""
     wrong: list[str] = []
     doubled = 0
     missing_most = 0
-    for sink, (held, _) in sinks.items():
+    for sink, content in sinks.items():
+        held = content.devices
         missing_here = 0
         wrong += [f"{sink}: device {device} was never offered" for device in held.keys() - offered.keys()]
         for stream, source in offered.items():
@@ -147,8 +157,9 @@ def audit(
                 wrong.append(f"{sink}: {stream}: lost outside the commit window: n = {outside[:5]}")
             missing_here += (len(missing) - got.without_counter) * source.readings_each
         missing_most = max(missing_most, missing_here)
-    stored = min(sum(h.readings for h in held.values()) for held, _ in sinks.values())
-    gaps = max(count for _, count in sinks.values())
+    stored = min(sum(held.readings for held in sink.devices.values()) for sink in sinks.values())
+    gaps = max(sink.gaps for sink in sinks.values())
+    overruns = max(sink.overruns for sink in sinks.values())
     total = sum(source.readings for source in offered.values())
     lost = total - kept - overruns
     if kept != stored + gaps:

@@ -151,7 +151,7 @@ class Rig:
     # --- each store, by its own interface: readings, and readings that are there more than once ---
 
     def embedded(self) -> tuple[int, int]:
-        file = self.folder / "cloud/embedded.db"
+        file = self.folder / "cloud/readings.sqlite"
         if not file.exists():
             return 0, 0
         with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
