@@ -151,7 +151,8 @@ class Daemon:
             self._write(self._told(buffer))
         kept = buffer.state
         log.info(
-            "left in order: %d readings kept, %d delivered, %d waiting",
+            "left%s: %d readings kept, %d delivered, %d waiting",
+            " in order" if state is RunState.STOPPED else "",
             kept.kept_readings, kept.settled_readings, kept.buffered_readings,
         )  # fmt: skip
         return EXIT_OK if state is RunState.STOPPED else EXIT_FAILED
@@ -171,6 +172,8 @@ class Daemon:
             scheduler.start()
             self.status.state = RunState.RUNNING
             buffer.record_event("start", f"headgate {self.status.version} started")
+            if self.status.config.last_known_good:
+                buffer.record_event("config-bad", "; ".join(self.status.config.errors))
             await asyncio.to_thread(self._save_config)
             await asyncio.to_thread(self._write, self._told(buffer))
             self._notify.send("READY=1")

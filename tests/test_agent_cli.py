@@ -153,7 +153,7 @@ def test_a_good_configuration_is_told_with_what_it_holds(file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (('driver = "simulator"', 'driver = "simulatr"'), ["agent.toml:10: ", "device[0].driver", "did you mean 'simulator'"]),
+        (('driver = "simulator"', 'driver = "simulatr"'), ["agent.toml:10: ", "device[0].driver", "mean 'simulator'"]),
         (('name = "t"', 'name = "t"\nunti = "V"'), ["device[0].point[0]", "'unti'", "did you mean 'unit'"]),
         (('name = "t"', 'name = "t"\nscale = 0.0'), ["boiler", "'t'", "scale is 0"]),
         (('name = "t"', 'name = "t"\nvalid_min = 5\nvalid_max = 1'), ["valid_min 5", "valid_max 1"]),

@@ -207,6 +207,14 @@ def test_a_state_folder_that_cannot_be_made_is_named(agent: Agent, tmp_path: Pat
     assert "Traceback" not in found.stderr
 
 
+def test_a_buffer_that_cannot_be_had_is_told_with_the_remedy(agent: Agent) -> None:
+    (agent.state / daemon_module.BUFFER_NAME).mkdir(parents=True)
+    found = run_once(agent.file)
+    assert found.returncode == 2
+    assert "buffer" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 # --- configuration ---
 
 
