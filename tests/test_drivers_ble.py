@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import stat
+import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -516,7 +519,7 @@ async def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"address": "A4:C1:38"}, {"object": "temperature"}, "six pairs of digits"),
         ({"adapter": "/org/bluez"}, {"object": "temperature"}, 'such as "hci0"'),
         ({"stale_after_s": -1}, {"object": "temperature"}, "allowed is 0 to"),
-        ({}, {"object": "temprature"}, "unknown object 'temprature'; did you mean 'temperature'"),
+        ({}, {"object": "temperatures"}, "unknown object 'temperatures'; did you mean 'temperature'"),
         ({}, {"object": "rssi_2"}, "unknown object"),
         ({}, {"object": "temperature", "type": "u8"}, "BTHome's temperature is i32; leave type out"),
         ({}, {"object": "door", "scale": 2.0}, "scale and offset mean nothing"),
@@ -596,6 +599,59 @@ async def test_discover_without_an_adapter_says_so(bluez: FakeBlueZ) -> None:
     with pytest.raises(DeviceUnreachable, match="no Bluetooth adapter"):
         async for _ in BleDriver.discover():
             pass
+
+
+# -------------------------------------------------------------------------------------------------- a plant of sensors
+
+
+async def test_what_a_plant_in_another_process_delivered_is_what_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their books agree to the advert: every one delivered gave a scan, with the sensor's own counter in it."""
+    with tempfile.TemporaryDirectory(prefix="bus-") as folder:
+        plant = await asyncio.create_subprocess_exec(
+            *(
+                sys.executable,
+                "-m",
+                "tests.fakes.bluez",
+                "--folder",
+                folder,
+                "--sensors",
+                "8",
+                "--period-ms",
+                "20",
+            ),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert plant.stdout is not None
+        async with asyncio.timeout(WAIT_S):
+            ready = json.loads(await plant.stdout.readline())
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", ready["address"])
+        drivers = [sensor("count", "temperature", address=address) for address in ready["sensors"]]
+        async with listening(*drivers):
+            got = dict.fromkeys(ready["sensors"], 0)
+
+            async def read(driver: BleDriver) -> None:
+                last = 0
+                async for scan in driver.scans():
+                    count = scan.values[0]
+                    assert isinstance(count, int)
+                    assert count > last
+                    last = count
+                    got[driver.options.address] += 1
+
+            readers = [asyncio.create_task(read(driver)) for driver in drivers]
+            await until(lambda: min(got.values()) >= 20)
+            plant.terminate()
+            await asyncio.wait(readers, timeout=WAIT_S)
+            async with asyncio.timeout(WAIT_S):
+                books = json.loads(await plant.stdout.readline())
+                await plant.wait()
+        for reader in readers:
+            assert isinstance(reader.exception(), DeviceUnreachable)
+    assert got == books["by_sensor"]
+    assert sum(got.values()) == books["delivered"] <= books["offered"]
 
 
 # -------------------------------------------------------------------------------------------------------------- cost

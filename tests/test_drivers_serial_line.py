@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import struct
+import sys
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -422,6 +424,32 @@ async def test_ten_thousand_noisy_lines_give_no_wrong_value(instrument: SerialIn
     assert len(good) >= 9_999
     assert set(good) <= sent
     assert instrument.bytes_lost == 0
+
+
+async def test_an_instrument_in_another_process_is_read_while_it_runs(tmp_path: Path) -> None:
+    link = tmp_path / "scale"
+    plant = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.fakes.serial_instrument", "--link", str(link), "--period-ms", "10"),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    await until(link.is_symlink)
+    driver = SerialLineDriver(
+        "scale",
+        SerialLineOptions(port=str(link), pattern=r"W=\s*(?P<weight>\S+) kg"),
+        [P(name="weight", valid_max=200)],
+    )
+    async with opened(driver) as scans:
+        got = [await following(scans) for _ in range(30)]
+        plant.terminate()
+        assert plant.stdout is not None
+        async with asyncio.timeout(WAIT_S):
+            books = json.loads(await plant.stdout.readline())
+            await plant.wait()
+            with pytest.raises(DeviceUnreachable):
+                got += [scan async for scan in scans]
+    assert sum(bool(scan.reasons) for scan in got) <= 1  # the line that was running at the opening
+    assert 29 <= driver.counts.frames <= books["frames"]
 
 
 # ------------------------------------------------------------------------------------------------------------ binary
