@@ -243,8 +243,11 @@ class _Wire(ABC):
             done.set_result(Replies(self._replies, self._taken_at_ns))
 
     def _owe_silence(self) -> None:
-        if self._request is not None:
-            self.answer_due_s = self._sent_s + self._request.latest_s
+        request = self._request
+        if request is not None:
+            # If this process was held up, the request may have gone out late: then its reply is due later too.
+            held_up_s = self._loop.time() + request.latest_s - request.timeout_s
+            self.answer_due_s = max(self._sent_s + request.latest_s, held_up_s)
 
 
 class _MbapWire(_Wire, asyncio.BufferedProtocol):

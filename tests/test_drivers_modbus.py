@@ -381,7 +381,7 @@ FAULTS = {
 }
 TIMEOUT_MS = 60
 LATE_S = 0.09  #: after the timeout, before the line may be used again
-SLAVE = {"baud": 115200, "parity": "none", "timeout_ms": TIMEOUT_MS, "latest_reply_ms": 120}
+SLAVE = {"baud": 115200, "parity": "none", "timeout_ms": TIMEOUT_MS, "latest_reply_ms": 200}
 
 
 @contextlib.asynccontextmanager
@@ -412,7 +412,7 @@ async def test_rtu_each_fault_has_its_reason_and_the_next_read_is_right(fault: s
 async def test_rtu_a_late_reply_is_never_another_registers_value() -> None:
     """The trap: no transaction id, so the late answer about r0 has just the form of the answer about r200."""
     async with scripted() as slave, connected(registers(0, 200), serial=slave.path, **SLAVE) as driver:
-        for _ in range(20):
+        for _ in range(15):
             slave.script = ["late", "ok"]
             assert told(await driver.read(driver.points)) == {"r0": Reason.TIMEOUT, "r200": 1200}
 
@@ -421,7 +421,7 @@ async def test_rtu_the_line_stays_silent_until_no_reply_can_come() -> None:
     async with scripted() as slave, connected(registers(0, 200), serial=slave.path, **SLAVE) as driver:
         slave.script = ["late", "ok"]
         await driver.read(driver.points)
-        assert slave.asked_at_s[1] - slave.asked_at_s[0] >= 0.115
+        assert slave.asked_at_s[1] - slave.asked_at_s[0] >= 0.195
 
 
 async def test_rtu_a_cancelled_read_owes_the_line_its_silence_too() -> None:
@@ -437,14 +437,15 @@ async def test_rtu_a_cancelled_read_owes_the_line_its_silence_too() -> None:
 async def test_rtu_hundreds_of_frames_with_random_faults_give_no_wrong_value() -> None:
     chance = random.Random(20)
     right = wrong = bad = 0
-    # Short times: a slow machine makes more bad readings of it, and may never make a wrong one.
-    quick = {**SLAVE, "timeout_ms": 20, "latest_reply_ms": 45}
+    # A short timeout: a slow machine makes more bad readings of it. A long time for late replies: where this process
+    # is held up for longer than that, a reply comes after the latest moment promised, and no driver could tell.
+    quick = {**SLAVE, "timeout_ms": 20, "latest_reply_ms": 120}
     async with (
-        scripted(late_s=0.03) as slave,
+        scripted(late_s=0.025) as slave,
         connected(registers(0, 120, 240), serial=slave.path, **quick) as driver,
     ):
         until_s = asyncio.get_running_loop().time() + 20
-        while slave.requests < 400 and asyncio.get_running_loop().time() < until_s:
+        while slave.requests < 250 and asyncio.get_running_loop().time() < until_s:
             slave.script = [chance.choice([*FAULTS, "ok", "ok", "ok"]) for _ in range(3)]
             try:
                 scan = await driver.read(driver.points)
@@ -456,7 +457,7 @@ async def test_rtu_hundreds_of_frames_with_random_faults_give_no_wrong_value() -
                 right += value == expected
                 bad += value is None
                 wrong += value not in (None, expected)
-        assert slave.requests >= 200, "too slow to mean anything"
+        assert slave.requests >= 150, "too slow to mean anything"
     assert wrong == 0
     assert right > 50
     assert bad > 50
