@@ -202,7 +202,7 @@ def connected(
         client.tls_set(ca_certs=str(ca))
     ready = threading.Event()
     client.on_connect = lambda _c, _d, _f, reason, _p: None if reason.is_failure else ready.set()
-    client.connect("localhost", port)
+    client.connect(HOST, port)
     client.loop_start()
     try:
         assert ready.wait(DEADLINE_S), f"{user} was not admitted"

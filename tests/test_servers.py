@@ -270,6 +270,17 @@ def test_a_program_of_a_wrong_version_is_not_taken(monkeypatch: pytest.MonkeyPat
         locate.find(catalogue.INFLUXDB)
 
 
+def test_a_server_without_the_programs_it_calls_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    executable(tmp_path / "mariadbd", "echo 'mariadbd Ver 10.11.19-MariaDB'")
+    executable(tmp_path / "mariadb-install-db", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(locate, "SYSTEM_FOLDERS", ())
+    with pytest.raises(locate.ServerMissing, match=r"my_print_defaults is not.*\n.*mariadb-client-core"):
+        locate.find(catalogue.MARIADB)
+
+
 def test_the_cache_comes_before_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     says = "echo 'InfluxDB v2.7.12 (git: none)'"
     monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))

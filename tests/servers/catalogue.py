@@ -35,6 +35,8 @@ class Server:
     build: Build | None = None
     wheel: bool = False
     """True where the program comes with the development dependencies, in the environment's bin folder."""
+    companions: tuple[str, ...] = ()
+    """Other programs that starting it calls, and that may come in packages of their own."""
     unit: str | None = None
     """The service that its Debian package starts by itself, and that the tests have no use for."""
 
@@ -77,8 +79,9 @@ MARIADB = Server(
     version_arguments=("--no-defaults", "--version"),
     address_variable="HEADGATE_TEST_MARIADB",
     image="mariadb:10.11",
-    # The package with the server alone: unlike mariadb-server it starts no service on the machine.
-    apt=("mariadb-server-core",),
+    # The server alone: unlike mariadb-server, these start no service on the machine.
+    apt=("mariadb-server-core", "mariadb-client-core"),
+    companions=("mariadb-install-db", "my_print_defaults"),
 )
 MINIO = Server(
     name="minio",

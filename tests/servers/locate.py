@@ -80,9 +80,9 @@ def answers(path: Path, server: Server) -> bool:
     return re.search(server.accept, done.stdout + done.stderr) is not None
 
 
-def _on_path(server: Server) -> Path | None:
+def on_path(binary: str) -> Path | None:
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *SYSTEM_FOLDERS))
-    found = shutil.which(server.binary, path=path)
+    found = shutil.which(binary, path=path)
     return Path(found) if found else None
 
 
@@ -122,14 +122,18 @@ def find(server: Server) -> Program:
     candidates: list[tuple[str, Path | None]] = [
         ("this environment", Path(sys.executable).parent / server.binary),
         ("cache", cached_path(server)),
-        ("PATH", _on_path(server)),
+        ("PATH", on_path(server.binary)),
     ]
     for origin, path in candidates:
         if path is None or not path.is_file():
             continue
-        if answers(path, server):
+        lacking = [name for name in server.companions if on_path(name) is None]
+        if lacking:
+            unusable.append(f"{path} is here, but {', '.join(lacking)} is not")
+        elif answers(path, server):
             return Program(server=server, path=path, image=None, origin=origin)
-        unusable.append(f"{path} is not a version that the tests can use (wanted: {server.accept!r})")
+        else:
+            unusable.append(f"{path} is not a version that the tests can use (wanted: {server.accept!r})")
     if server.image is not None and docker_answers() and _docker_holds(server.image):
         return Program(server=server, path=None, image=server.image, origin="Docker")
     raise ServerMissing(server, "; ".join(unusable) or f"no program {server.binary!r} on this machine")

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.servers.locate import Program
+from tests.servers.locate import Program, on_path
 
 HOST = "127.0.0.1"
 # Linux hands out 32768–60999 for outgoing connections (net.ipv4.ip_local_port_range).
@@ -265,9 +265,7 @@ def program_command(
         raise ServerFailed(f"{program.server.name}: neither a file nor an image")
     if binary == program.server.binary:
         return [str(program.path)]
-    found = shutil.which(
-        binary, path=os.pathsep.join((str(program.path.parent), "/usr/bin", os.environ["PATH"]))
-    )
+    found = on_path(binary)
     if found is None:
-        raise ServerFailed(f"{binary} is not beside {program.path}; to get it: {program.server.remedy}")
-    return [found]
+        raise ServerFailed(f"{binary} is not here; to get it: {program.server.remedy}")
+    return [str(found)]
