@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.servers import run
-from tests.servers.process import free_port, wait_until
+from tests.servers.process import free_port, port_open, wait_until
 from tests.system.child import BIN, Child
 
 AGENT_CPU, OTHER_CPU = (1, 0) if (os.cpu_count() or 1) > 1 else (0, 0)
@@ -75,10 +75,11 @@ class Bench:
         self.modbus_port = modbus_port
         self.broker = broker
         self.token = token
+        self.port = free_port()
         (folder / "cloud.toml").write_text(
-            f'[server]\ndata_dir = "{folder}/cloud"\nport = {free_port()}\n'
+            f'[server]\ndata_dir = "{folder}/cloud"\nport = {self.port}\n'
             f'[mqtt]\nhost = "127.0.0.1"\nport = {broker.mqtt_port}\ntls = false\npassword_file = "{cloud_word}"\n'
-            "[embedded]\nenabled = false\n[archive]\nenabled = false\n"
+            "[embedded]\nenabled = false\n[archive]\ncommit_interval_s = 3600.0\ncommit_mb = 256\n"
         )
 
     def status(self, shape: int) -> dict[str, Any]:
@@ -156,6 +157,7 @@ def main() -> None:
             )
             cloud.start()
             try:
+                wait_until(lambda: port_open(bench.port), timeout_s=60, what="the cloud to listen")
                 for k, (what, _, registers, points) in enumerate(SHAPES):
                     os.sched_setaffinity(0, {AGENT_CPU})
                     raw = asyncio.run(bare(port, registers, min(seconds, 5.0))) * points / registers
@@ -169,6 +171,8 @@ def main() -> None:
                     )
                 cloud.check()
             finally:
+                if "--log" in sys.argv:
+                    print(cloud.log.read_text())
                 cloud.stop_hard()
                 peer.kill()
 
