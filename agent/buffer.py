@@ -22,6 +22,7 @@ import asyncio
 import enum
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,9 +40,11 @@ from agent.store import (
     Recorded,
     Store,
     StoreError,
+    StoreFull,
     StoreRefusing,
     StoreUnusable,
     frame_head,
+    parts,
 )
 from config.agent import Buffer as BufferSettings
 from sync.identity import GatewayName
@@ -178,7 +181,7 @@ class Buffer:
         self._bytes = 0
         self._losses: dict[tuple[str, str], _Loss] = {}  #: by device and reason
         self._settled: list[Range] = []
-        self._stuck: Group | None = None  #: a group that the disk refused: offered again before any other
+        self._stuck: deque[Group] = deque()  #: groups that the disk refused: offered again before any other
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._committing: asyncio.Future[bool] | None = None
@@ -264,7 +267,9 @@ class Buffer:
     @property
     def state(self) -> BufferState:
         """As of the last commit, with the pending group as it is now. Costs nothing to ask."""
-        led, stuck = self._store.ledger, self._stuck
+        led = self._store.ledger
+        stuck_frames = sum(len(group.frames) for group in self._stuck)
+        stuck_readings = sum(sum(group.readings) for group in self._stuck)
         return BufferState(
             condition=self._condition,
             detail=self._detail,
@@ -277,8 +282,8 @@ class Buffer:
             settled_readings=led.settled_readings,
             gapped_frames=led.gapped_frames,
             gapped_readings=led.gapped_readings,
-            pending_frames=len(self._frames) + (len(stuck.frames) if stuck else 0),
-            pending_readings=sum(self._readings) + (sum(stuck.readings) if stuck else 0),
+            pending_frames=len(self._frames) + stuck_frames,
+            pending_readings=sum(self._readings) + stuck_readings,
             overrun_scans=self._overrun_scans,
             overrun_readings=self._overrun_readings,
             parked_frames=self._store.parked,
@@ -303,10 +308,10 @@ class Buffer:
         while self._committing is not None:
             await asyncio.shield(self._committing)
         while not self._closed:
-            had_stuck = self._stuck is not None
+            last = not self._stuck
             if not await asyncio.shield(self._start_commit()):
                 return False
-            if not had_stuck:
+            if last:
                 break
         return True
 
@@ -434,8 +439,7 @@ class Buffer:
             self._timer.cancel()
             self._timer = None
         done: asyncio.Future[bool] = self._loop.create_future()
-        group = self._stuck or self._take()
-        self._stuck = None
+        group = self._stuck.popleft() if self._stuck else self._take()
         settled, self._settled = self._settled, []
         if group.empty and not settled:
             done.set_result(True)
@@ -457,8 +461,9 @@ class Buffer:
                     self.on_live(job.result())
                 done.set_result(True)
             else:
-                if not group.empty:
-                    self._stuck = group
+                # Where it is full, less may fit; in any other case it may yet turn out to be kept, as a whole.
+                full = isinstance(error, StoreFull)
+                self._stuck.extendleft(reversed(slices(group, self._commit_bytes) if full else [group]))
                 self._settled = settled + self._settled
                 self._unwell(error)
                 if isinstance(error, StoreRefusing):
@@ -495,3 +500,18 @@ class Buffer:
 
     def _look(self) -> None:
         self._size_bytes = self._store.size_bytes()
+
+
+def slices(group: Group, most_bytes: int) -> list[Group]:
+    """A group as several of at most `most_bytes` each, in order; a single frame is never cut."""
+    cut = [(0, len(group.frames))]
+    if group.size_bytes > most_bytes:
+        cut = parts([len(frame) + _ROW_BYTES for frame in group.frames], most_bytes)
+    made = [
+        Group(frames, group.readings[a:b], size_bytes=sum(map(len, frames)) + _ROW_BYTES * (b - a))
+        for a, b in cut
+        if (frames := group.frames[a:b])
+    ]
+    if made:
+        made[0].layouts, made[0].clocks = group.layouts, group.clocks
+    return made or [group]

@@ -15,7 +15,8 @@ Rules:
 Errors, by who acts::
 
     StoreError
-    ├── StoreRefusing   the disk refuses (full, read-only, I/O error): keep the group in memory, try again later
+    ├── StoreRefusing   the disk refuses (read-only, I/O error): keep the group in memory, try again later
+    │   └── StoreFull   there is no room: the same, and smaller groups may fit
     └── StoreUnusable   no file can be had at all: a human is told what to change
 """
 
@@ -81,6 +82,10 @@ class StoreError(Exception):
 
 class StoreRefusing(StoreError):
     """The disk refuses writes; the text says how and what helps."""
+
+
+class StoreFull(StoreRefusing):
+    """There is no room for this group, and none of it is kept: it may be offered in smaller ones."""
 
 
 class StoreUnusable(StoreError):
@@ -532,7 +537,7 @@ class Store:
             if self._landed is group:
                 group = Group([], [])
             return self._commit(group, settled, live_room)
-        except sqlite3.Error as err:
+        except (sqlite3.Error, StoreFull) as err:
             return self._after_failure(err, group, settled, live_room)
 
     def _commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
@@ -909,7 +914,7 @@ class Store:
         gaps: list[GapFrame] = []
         if self._limits.max_age_ns:
             gaps += self._evict_older(conn, led)
-        cap = self._cap_pages(conn)
+        cap = self._cap_pages(conn, need_bytes)
         # A frame of just above half a page leaves the other half empty: twice its bytes covers any size.
         need = 2 * need_bytes // PAGE_BYTES + 4 if need_bytes else 0
         over = _used_pages(conn) + need - cap
@@ -920,7 +925,7 @@ class Store:
             want_bytes = min(over * PAGE_BYTES, _EVICT_STEP_BYTES)
             rows = self._oldest_loose(conn, led, want_bytes, led.next_seq)
             if not rows:
-                raise StoreRefusing(
+                raise StoreFull(
                     f"the buffer is full ({self._limits.max_bytes >> 20} MiB) of what has been sent and waits"
                     " for its ack; raise buffer.max_mb"
                 )
@@ -929,22 +934,24 @@ class Store:
             over = _used_pages(conn) + need - cap
         return gaps
 
-    def _cap_pages(self, conn: sqlite3.Connection) -> int:
+    def _cap_pages(self, conn: sqlite3.Connection, need_bytes: int) -> int:
         """The file's cap in pages now: its own, or less where the file may not grow because the disk is short, or
         because a reader keeps the WAL from being reset."""
         pages: int = conn.execute("PRAGMA page_count").fetchone()[0]
         cap = self._limits.file_bytes // PAGE_BYTES
-        grown = self._wal_size() - self._limits.wal_bytes - 2 * self._limits.group_bytes
+        wal = self._wal_size()
+        grown = wal - self._limits.wal_bytes - 2 * self._limits.group_bytes
         if grown > 0:
             cap = max(32, cap - grown // PAGE_BYTES)
-        if self._limits.free_disk_bytes:
-            try:
-                disk = os.statvfs(self.path.parent)
-            except OSError:
-                return cap
-            room = (disk.f_bavail * disk.f_frsize - self._limits.free_disk_bytes) // PAGE_BYTES
-            cap = min(cap, pages + max(0, room))
-        return cap
+        try:
+            disk = os.statvfs(self.path.parent)
+            written = self.path.stat().st_size
+        except OSError:
+            return cap
+        # What the WAL has yet to grow, and what the checkpoint will write beyond the file's end, is spoken for.
+        spoken_for = max(0, pages * PAGE_BYTES - written) + max(0, self._limits.wal_bytes + need_bytes - wal)
+        room = disk.f_bavail * disk.f_frsize - self._limits.free_disk_bytes - spoken_for
+        return min(cap, pages + max(0, room // PAGE_BYTES))
 
     def _oldest_loose(
         self, conn: sqlite3.Connection, led: Ledger, want_bytes: int, below: int
@@ -1081,17 +1088,22 @@ class Store:
     # --- when the disk refuses ---
 
     def _after_failure(
-        self, err: sqlite3.Error, group: Group, settled: Sequence[Range], live_room: int
+        self, err: sqlite3.Error | StoreFull, group: Group, settled: Sequence[Range], live_room: int
     ) -> list[Batch]:
-        self._broken(err)
+        """Cure what can be cured, and try once more. Raises `StoreRefusing`."""
+        full = isinstance(err, StoreFull) or _code(err) == sqlite3.SQLITE_FULL
         try:
-            if self._damage:
-                self._ready()
-                return self._commit(group, (), live_room)
-            if _code(err) == sqlite3.SQLITE_FULL and self._ballast.exists():
-                # Acked data first: it makes the room that the group needs.
-                self._ballast.unlink()
-                log.warning("buffer %s: the disk is full; ballast released", self.path)
+            if isinstance(err, sqlite3.Error):
+                self._broken(err)
+                if self._damage:
+                    self._ready()
+                    return self._commit(group, (), live_room)
+                if full and self._ballast.exists():
+                    self._ballast.unlink()
+                    log.warning("buffer %s: the disk is full; ballast released", self.path)
+            if full:
+                # Acked data first: it makes the room that the group needs, and must not wait for it.
+                self.checkpoint()
                 with self._transaction() as (conn, led):
                     self._settle(conn, led, settled)
                 self.checkpoint()
@@ -1099,7 +1111,8 @@ class Store:
         except (sqlite3.Error, OSError) as again:
             if isinstance(again, sqlite3.Error):
                 self._broken(again)
-            raise StoreRefusing(_remedy(err)) from again
+                full = full or _code(again) == sqlite3.SQLITE_FULL
+            raise (StoreFull if full else StoreRefusing)(_remedy(again)) from again
         raise StoreRefusing(_remedy(err)) from err
 
     def _broken(self, err: sqlite3.Error) -> None:
@@ -1181,7 +1194,7 @@ def _used_pages(conn: sqlite3.Connection) -> int:
     return pages - free
 
 
-def _code(err: sqlite3.Error) -> int:
+def _code(err: Exception) -> int:
     """SQLite's primary result code; 0 where the error is the module's own."""
     return getattr(err, "sqlite_errorcode", 0) & 0xFF
 
@@ -1193,7 +1206,7 @@ def _damaged(err: sqlite3.Error) -> bool:
     return own or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _remedy(err: sqlite3.Error) -> str:
+def _remedy(err: Exception) -> str:
     match _code(err):
         case sqlite3.SQLITE_FULL:
             return "the disk is full; free some space or lower buffer.max_mb"

@@ -507,7 +507,9 @@ def test_a_commit_that_failed_is_offered_again_and_kept_once(folder: Path, code:
     store.commit(group(1), [], 0)
     made = group(2, 3)
     assert store._conn is not None
-    store._conn = Failing(store._conn, "COMMIT", code, late=late)  # type: ignore[assignment]  # stands in for it
+    failing = Failing(store._conn, "COMMIT", code, late=late)
+    failing.failures = 2 if code == sqlite3.SQLITE_FULL else 1  # it is cured at once where it can be
+    store._conn = failing  # type: ignore[assignment]  # stands in for it
     with pytest.raises(StoreRefusing):
         store.commit(made, [], 0)
     store.claim(1, [])  # the forwarder may come first, and opens the file anew
