@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cloud.sinks import archive_columns, archive_store
+from cloud.sinks import archive_columns
 from cloud.sinks.archive import ArchiveSink
 from cloud.sinks.contract import EventRecord, GapRecord, Record, RetryLater, ScanRecord, SinkBroken
 from config.cloud import Archive
@@ -75,8 +75,7 @@ def rows(folder: Path, table: str = "readings") -> list[dict[str, object]]:
 
 def identities(folder: Path) -> list[tuple[object, ...]]:
     return sorted(
-        (row["tenant"], row["gateway"], row["epoch"], row["seq"], row["point"])  # type: ignore[misc]
-        for row in rows(folder)
+        (row["tenant"], row["gateway"], row["epoch"], row["seq"], row["point"]) for row in rows(folder)
     )
 
 
@@ -124,7 +123,7 @@ async def test_a_reading_without_a_value_has_a_reason_even_where_none_was_given(
     of = layout(("a", "f64"), ("s", "str"))
     await sink.write([scan(1, 1, None, None, of=of), scan(1, 2, 1.0, "x", of=of)], 1)
     await sink.close()
-    reasons = sorted((str(row["point"]), row["seq"], row["reason"]) for row in rows(tmp_path))  # type: ignore[type-var]
+    reasons = sorted((str(row["point"]), row["seq"], row["reason"]) for row in rows(tmp_path))
     assert reasons == [("a", 1, "missing"), ("a", 2, None), ("s", 1, "missing"), ("s", 2, None)]
 
 
@@ -138,7 +137,7 @@ async def test_gaps_and_events_have_tables_of_their_own(tmp_path: Path) -> None:
         [(3, 12, "3-3 5-5", 1), (3, 12, "3-3 5-5", 4)],
         [(3, 12, "3-3 5-5", 4), (3, 12, "3-3 5-5", 1)],
     )
-    assert sorted((str(r["code"]), str(r["text"]), r["seq"]) for r in rows(tmp_path, "events")) == [  # type: ignore[type-var]
+    assert sorted((str(r["code"]), str(r["text"]), r["seq"]) for r in rows(tmp_path, "events")) == [
         ("start", "hello", 2), ("start", "hello", 5),
     ]  # fmt: skip
     assert len(rows(tmp_path)) == 2
@@ -255,13 +254,17 @@ async def test_duckdb_and_pyarrow_read_what_was_written(tmp_path: Path) -> None:
     await sink.maintain(AT)
     await sink.close()
     readings = DeltaTable(str(tmp_path / "readings")).to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by its name
-    found = duckdb.sql(
-        "SELECT point, count(*), sum(value), min(taken_at_ns) FROM readings WHERE tenant = 'acme'"
-        " AND day = DATE '2026-11-23' GROUP BY point ORDER BY point"
-    ).fetchall()
+    found = (
+        duckdb.connect()
+        .execute(
+            "SELECT point, count(*), sum(value), min(taken_at_ns) FROM readings WHERE tenant = 'acme'"
+            " AND day = DATE '2026-11-23' GROUP BY point ORDER BY point"
+        )
+        .fetchall()
+    )
     assert found == [("flow", 100, sum(i + 0.5 for i in range(1, 101)), AT), ("pump", 100, 50.0, AT)]
     files = DeltaTable(str(tmp_path / "readings")).file_uris()
-    assert duckdb.sql(f"SELECT count(*) FROM read_parquet({files!r})").fetchall() == [(200,)]
+    assert duckdb.connect().execute(f"SELECT count(*) FROM read_parquet({files!r})").fetchall() == [(200,)]
 
 
 async def test_a_reader_passes_over_the_files_that_cannot_hold_what_it_seeks(tmp_path: Path) -> None:
@@ -443,10 +446,10 @@ async def test_a_full_disk_is_retried_and_leaves_nothing_half_written(
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(archive_store.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RetryLater, match="No space left"):
         await sink.write([scan(2, 2)], 2)
-    monkeypatch.setattr(archive_store.os, "fsync", real)
+    monkeypatch.setattr(os, "fsync", real)
     assert not list(tmp_path.rglob("*.tmp"))
     await sink.write([scan(2, 2)], 2)
     await sink.close()

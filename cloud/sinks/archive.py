@@ -11,7 +11,8 @@ Rules:
    compaction and vacuum are deltalake's. A commit is bounded by what the runner gives: 20 MB for 200,000 readings.
 4. Gaps and events are committed before readings: a crash between is found by rule 2.
 5. One thread does everything that blocks; there is one writer (a second one is told by a conflicting commit, and the
-   call is repeated on what it left).
+   call is repeated on what it left). `DeltaTable.is_deltatable` and `.scan` are not used: they keep the interpreter's
+   lock while they wait for the network (deltalake 1.6.6), and the doors would stand still.
 """
 
 from __future__ import annotations
@@ -281,6 +282,7 @@ class Table:
     def open(self) -> None:
         """Opens the table, and makes it where there is none."""
         from deltalake import DeltaTable
+        from deltalake.exceptions import TableNotFoundError
 
         from cloud.sinks.archive_columns import PARTITION
 
@@ -288,8 +290,10 @@ class Table:
         with self._foreign():
             self._delta = None
             self._store.mend(self.name)
-            if not DeltaTable.is_deltatable(address, storage_options=options):
-                DeltaTable.create(
+            try:
+                delta = DeltaTable(address, storage_options=options)
+            except TableNotFoundError:
+                delta = DeltaTable.create(
                     address,
                     self._schema,
                     mode="ignore",
@@ -299,7 +303,6 @@ class Table:
                     storage_options=options,
                 )
                 self._store.settle(self.name)
-            delta = DeltaTable(address, storage_options=options)
             self._complete_schema(delta)
             self.complete_to = delta.transaction_version(APP) or 0
             self.late_to = delta.transaction_version(LATE) or 0
