@@ -65,8 +65,8 @@ def test_an_unknown_driver_names_the_nearest_and_all_others() -> None:
 @pytest.mark.parametrize(
     ("options", "points", "text", "path"),
     [
-        (HOST, [{"name": "flow", "regist": 1}], "point 'flow': unknown key 'regist'; did you mean 'register'?",
-         "point[0].regist"),
+        (HOST, [{"name": "flow", "registerr": 1}], "point 'flow': unknown key 'registerr'; did you mean 'register'?",
+         "point[0].registerr"),
         ({**HOST, "unti": 1}, [], "options: unknown key 'unti'; did you mean 'unit'?", "options.unti"),
         ({**HOST, "unit": 300}, [], "options: unit: Expected a whole number <= 255, found 300", "options.unit"),
         ({**HOST, "unit": "1"}, [], "options: unit: Expected a whole number, got a string", "options.unit"),
