@@ -421,8 +421,10 @@ class Registry:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._queries: set[asyncio.Future[Sequence[Any]]] = set()
 
     async def close(self) -> None:
+        await asyncio.gather(*self._queries, return_exceptions=True)
         await self.engine.dispose()
 
     async def gateways(self, *, tenant: str | None = None) -> list[GatewayRow]:
@@ -595,7 +597,14 @@ class Registry:
         return {k: v for k, v in found.items() if point is None or v[1].name == point}
 
     async def _all(self, query: sa.Select[Any]) -> Sequence[Any]:
-        """Rows are as wide as their query; each caller makes its struct of them."""
+        """Rows are as wide as their query; each caller makes its struct of them. A caller that is cancelled (a client
+        went away) leaves no transaction open: the query ends by itself."""
+        task = asyncio.ensure_future(self._run(query))
+        self._queries.add(task)
+        task.add_done_callback(self._queries.discard)
+        return await asyncio.shield(task)
+
+    async def _run(self, query: sa.Select[Any]) -> Sequence[Any]:
         async with self.engine.connect() as conn:
             rows: Sequence[Any] = (await conn.execute(query)).all()
             return rows

@@ -189,6 +189,7 @@ class SinkRunner:
     async def drain(self, deadline_s: float) -> bool:
         """Finish what the journal holds and end; whether all of it was settled in time."""
         self._draining.set()
+        await asyncio.sleep(0)  # a task made a moment ago begins
         task = self._task
         if task is None:
             return await self._caught_up()

@@ -17,8 +17,8 @@ from drivers.contract import Quality, Reason
 from tests.sink_conformance import (
     DAY,
     EPOCH,
-    S,
     RefusingSinkConformance,
+    S,
     Store,
     Told,
     event,

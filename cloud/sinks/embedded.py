@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -53,7 +53,7 @@ class EmbeddedSink(SqlSink):
             self._path.touch(mode=0o600)
         except OSError as err:
             raise SinkBroken(f"{self._path}: {err.strerror}; make its folder writable for this user") from err
-        return sqlite_engine(self._path)
+        return sqlite_engine(self._path, begin="BEGIN IMMEDIATE")
 
     def statements(self, dialect: sa.Dialect) -> Statements:
         readings = sqlite.insert(registry.readings).on_conflict_do_nothing()
@@ -114,22 +114,29 @@ class EmbeddedSink(SqlSink):
         return SinkRefused(text)
 
 
-def sqlite_engine(path: Path) -> AsyncEngine:
-    """An engine on the file, with the pragmas that the promise needs."""
+def sqlite_engine(path: Path, *, begin: Literal["BEGIN", "BEGIN IMMEDIATE"]) -> AsyncEngine:
+    """An engine on the file, with the pragmas that the promise needs. A writer begins IMMEDIATE: it waits for its turn
+    at once, rather than failing half-way; a reader keeps nobody waiting."""
     engine = create_async_engine(
         f"sqlite+aiosqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=4
     )
 
     @event.listens_for(engine.sync_engine, "connect")
-    def _pragmas(connection: Any, record: object) -> None:
+    def _connected(connection: Any, record: object) -> None:
+        # sqlite3 itself would begin before data only, and leave half a migration behind.
+        connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(begin)
 
     return engine
 
 
 def embedded_registry(data_dir: Path) -> Registry:
     """Questions to the embedded store, on connections of their own."""
-    return Registry(sqlite_engine(data_dir / FILE))
+    return Registry(sqlite_engine(data_dir / FILE, begin="BEGIN"))

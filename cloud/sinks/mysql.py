@@ -13,6 +13,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import ssl
 import time
@@ -95,21 +96,15 @@ class MySqlSink(SqlSink):
         )
         return Statements(*(str(stmt.compile(dialect=dialect)) for stmt in (readings, latest, seen)))
 
-    async def open(self) -> int | None:
-        offset = await super().open()
-        with self._translated():
-            await self._read_partitions()
-            await self._make_days(_coming(self._clock_ns()))
-        return offset
+    async def opened(self) -> None:
+        await self._read_partitions()
+        await self._make_days(_coming(self._clock_ns()))
 
     async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
-        for last in (False,) * (DEADLOCK_TRIES - 1) + (True,):
-            try:
+        for _ in range(DEADLOCK_TRIES - 1):
+            with contextlib.suppress(_Deadlock):
                 return await super().write(records, upto_offset)
-            except _Deadlock:
-                if last:
-                    raise
-        raise AssertionError("the last try returns or raises")
+        return await super().write(records, upto_offset)
 
     async def prepare(self, rows: Sequence[Row]) -> None:
         await self._make_days({row[1] // DAY_NS for row in rows})

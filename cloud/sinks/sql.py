@@ -19,10 +19,10 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -52,10 +52,14 @@ SEEN_EVERY_NS: Final = 10 * 10**9  #: how exact a gateway's `last_seen_ns` is
 MAX_GAPS: Final = 10_000  #: recent gaps watched for late arrivals
 GAP_SLACK_NS: Final = 86_400 * 10**9  #: clock rows differ between a scan's batch and the gap's
 DAY_NS: Final = 86_400 * 10**9
+CANCEL_GRACE_S: Final = 5.0  #: how long a cancelled call may still take to end its transaction
 EXACT: Final = 2**53  #: integers up to this are exact in a double
 
 Row: TypeAlias = tuple[int, int, int, int, float | None, str | None, int, int, int]
 """point_id, taken_at_ns, epoch, seq, value, text, reason, clock_synchronized, received_at_ns: `registry.readings`."""
+
+
+T = TypeVar("T")
 
 
 class Statements(msgspec.Struct, frozen=True):
@@ -110,6 +114,9 @@ class SqlSink(ABC):
     def judge(self, err: BaseException) -> SinkError:
         """What a failure of the database means."""
 
+    async def opened(self) -> None:  # noqa: B027 - most stores need nothing more
+        """After the schema is up to date."""
+
     async def prepare(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most stores have nothing to prepare
         """Before the transaction that writes these rows (partitions)."""
 
@@ -120,6 +127,23 @@ class SqlSink(ABC):
     # --- the contract ---
 
     async def open(self) -> int | None:
+        return await whole(self._open())
+
+    async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
+        return await whole(self._write(records, upto_offset))
+
+    async def maintain(self, now_ns: int) -> None:
+        await whole(self._maintain(now_ns))
+
+    async def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            with contextlib.suppress(
+                SQLAlchemyError, OSError
+            ):  # a connection that is gone need not be closed
+                await whole(engine.dispose())
+
+    async def _open(self) -> int:
         await self.close()
         self._registrar.forget()
         self._seen.clear()
@@ -135,33 +159,26 @@ class SqlSink(ABC):
                 if offset is None:
                     await conn.execute(sa.insert(registry.cursors).values(sink=self.name, upto_offset=0))
                 await self._watch_gaps(conn)
+            await self.opened()
         self._offsets = {int(offset or 0)}
         return int(offset or 0)
 
-    async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
+    async def _write(self, records: Sequence[Record], upto_offset: int) -> Settled:
         with self._translated():
             rejected = await self._register(records)
             rows, newest = self._rows(records, rejected)
             await self.prepare(rows)
-            possible = self._offsets | {upto_offset}
-            self._offsets, before = possible, self._offsets
+            before = self._offsets
+            self._offsets = before | {upto_offset}
             async with self._connection().begin() as conn:
                 await self._move_offset(conn, before, upto_offset)
                 await self._store(conn, records, rejected, rows, newest)
             self._offsets = {upto_offset}
         return Settled(tuple(sorted(rejected, key=lambda r: r.index)))
 
-    async def maintain(self, now_ns: int) -> None:
+    async def _maintain(self, now_ns: int) -> None:
         with self._translated():
             await self.expire(now_ns, self._expires_ns(now_ns))
-
-    async def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            with contextlib.suppress(
-                SQLAlchemyError, OSError
-            ):  # a connection that is gone need not be closed
-                await engine.dispose()
 
     # --- registering ---
 
@@ -426,6 +443,23 @@ class SqlSink(ABC):
             raise RetryLater(f"{self.name}: {type(err).__name__}: {err}") from err
         except SQLAlchemyError as err:
             raise self.judge(err) from err
+
+
+async def whole(work: Coroutine[object, object, T]) -> T:
+    """Run a transaction to its end even if the caller is cancelled meanwhile: a connection that is left between begin
+    and commit holds its locks, and makes the next use of it fail (design.md section 6)."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait((task,), timeout=CANCEL_GRACE_S)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,), timeout=CANCEL_GRACE_S)
+        elif not task.cancelled():
+            task.exception()  # nobody will ask for it any more
+        raise
 
 
 def migrate(conn: sa.Connection) -> None:

@@ -1,6 +1,7 @@
 """Gateways, devices, points, latest and past readings, events, gaps and the sink's cursor.
 
-On MySQL `readings` is partitioned by day; the sink adds the days and drops those beyond the retention.
+On MySQL `readings` is partitioned by day; the sink adds the days and drops those beyond the retention. A migration is
+one transaction on SQLite; MySQL has none for a schema, so each step bears being repeated after a crash.
 """
 
 import time
@@ -18,7 +19,7 @@ _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 def _table(name: str, *items: sa.schema.SchemaItem, rowid: bool = True) -> None:
     op.create_table(
-        name, *items, sqlite_with_rowid=rowid,
+        name, *items, if_not_exists=True, sqlite_with_rowid=rowid,
         mysql_engine="InnoDB", mysql_charset="utf8mb4", mysql_collate="utf8mb4_bin",
     )  # fmt: skip
 
@@ -89,9 +90,17 @@ def upgrade() -> None:
         _text("reason", 64), _text("device", 255), _number("from_ns"), _number("to_ns"), _number("received_at_ns"),
     )  # fmt: skip
     _table("cursors", sa.Column("sink", sa.String(64), primary_key=True), _number("upto_offset"))
-    if op.get_bind().dialect.name in ("mysql", "mariadb"):
+    if op.get_bind().dialect.name in ("mysql", "mariadb") and not _partitioned():
         today_ns = time.time_ns() // _DAY_NS * _DAY_NS
         op.execute(
             "ALTER TABLE readings PARTITION BY RANGE (taken_at_ns)"
             f" (PARTITION p_before VALUES LESS THAN ({today_ns}))"
         )
+
+
+def _partitioned() -> bool:
+    query = sa.text(
+        "SELECT count(*) FROM information_schema.partitions WHERE table_schema = DATABASE()"
+        " AND table_name = 'readings' AND partition_name IS NOT NULL"
+    )
+    return bool(op.get_bind().scalar(query))
