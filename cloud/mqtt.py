@@ -33,7 +33,7 @@ from cloud.intake import Arrival, Intake, StateError, Verdict, busy, merge
 from cloud.journal.contract import JournalError
 from cloud.metrics import Metrics
 from sync.identity import TOPIC_ROOT, IdentityError, Secret, parse_topic
-from sync.wire import MAX_BATCH_BYTES, WireError, encode_reply, open_head
+from sync.wire import MAX_BATCH_BYTES, Nack, WireError, claimed, encode_reply, open_head
 
 if TYPE_CHECKING:
     from paho.mqtt.reasoncodes import ReasonCode
@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 DOOR: Final = "mqtt"
 CONNECT_TIMEOUT_S: Final = 10.0
+IDLE_TIMEOUT_S: Final = 10.0  #: at stop, for what has come in to be answered
 BACKOFF_MIN_S: Final = 0.25
 BACKOFF_MAX_S: Final = 15.0
 GROUP: Final = 2048  #: batches given to intake at once
@@ -148,9 +149,11 @@ class _Client(paho.Client):
         topic_at = start + 2
         payload_at = topic_at + int.from_bytes(data[start:topic_at], "big")
         topic = data[topic_at:payload_at]
-        if self._has_properties:
-            after, properties = _varint(data, payload_at)
-            payload_at = after + properties
+        if self._has_properties and payload_at < end:
+            after, properties = _varint(data[payload_at : min(end, payload_at + 4)], 0)
+            payload_at = payload_at + after + properties if after > 0 else end + 1
+        elif self._has_properties:
+            payload_at = end + 1
         if payload_at > end:
             raise _Down("connection lost: malformed PUBLISH")
         self._at = end
@@ -196,7 +199,6 @@ class MqttDoor:
         self._topics: dict[bytes, tuple[str, str]] = {}
         self._waiting: deque[Arrival] = deque()
         self._waiting_bytes = 0
-        self._turned_away: list[Verdict] = []
         self._states: dict[str, bytes] = {}
         self._arrived = asyncio.Event()
         self._state_arrived = asyncio.Event()
@@ -218,6 +220,7 @@ class MqttDoor:
             drains = [group.create_task(self._drain(), name=f"mqtt-intake-{n}") for n in range(GROUPS)]
             drains.append(group.create_task(self._keep_states(), name="mqtt-states"))
             await self._stay_connected()
+            await self._until_idle()
             for task in drains:
                 task.cancel()
 
@@ -226,11 +229,14 @@ class MqttDoor:
         self._stopping.set()
         if self._session is not None:
             self._session.refuse_more()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self._idle.wait()
+        await self._until_idle()
         if self._session is not None:
             self._session.close()
+
+    async def _until_idle(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                await self._idle.wait()
 
     async def _stay_connected(self) -> None:
         protocol = MQTTProtocolVersion.MQTTv5
@@ -241,6 +247,8 @@ class MqttDoor:
             session = _Session(self, self._settings, self._port, self._password, protocol)
             try:
                 await session.open()
+                if self._stopping.is_set():
+                    return
                 self._session = session
                 if not first or down_since is not None:
                     lasted = f" after {time.monotonic() - down_since:.0f} s" if down_since is not None else ""
@@ -293,9 +301,9 @@ class MqttDoor:
         size = len(payload)
         if len(self._waiting) >= self._max_waiting or self._waiting_bytes + size > self._max_waiting_bytes:
             self._turn_away(name, payload)
-        else:
-            self._waiting.append(Arrival(name, payload, time.monotonic()))
-            self._waiting_bytes += size
+            return
+        self._waiting.append(Arrival(name, payload, time.monotonic()))
+        self._waiting_bytes += size
         self._arrived.set()
 
     def too_large(self) -> None:
@@ -313,24 +321,24 @@ class MqttDoor:
         return place
 
     def _turn_away(self, name: str, payload: bytes) -> None:
-        if len(self._turned_away) >= self._max_waiting:
-            self._metrics.door_drops["overflow"] += 1  # the agent's own timeout will have to do
-            return
-        try:
-            head, _ = open_head(payload)
-        except WireError:
-            self._metrics.door_drops["overflow"] += 1
-            return
+        """Answered at once: it must not wait behind what keeps intake busy."""
         self._metrics.batches[DOOR] += 1
         self._metrics.bytes[DOOR] += len(payload)
-        self._metrics.retry["busy"] += 1
-        self._turned_away.append(Verdict(name, busy(head)))
+        try:
+            head, _ = open_head(payload)
+        except WireError as err:
+            self._metrics.refused[err.code] += 1
+            nack = Nack(*claimed(payload), err.code, str(err))
+        else:
+            self._metrics.retry["busy"] += 1
+            nack = busy(head)
+        self._answer([Verdict(name, nack)])
 
     # --- intake ---
 
     async def _drain(self) -> None:
         while True:
-            while not self._waiting and not self._turned_away:
+            while not self._waiting:
                 if not self._busy:
                     self._idle.set()
                 self._arrived.clear()
@@ -350,10 +358,7 @@ class MqttDoor:
             arrival = waiting.popleft()
             self._waiting_bytes -= len(arrival.payload)
             group.append(arrival)
-        verdicts, self._turned_away = self._turned_away, []
-        if group:
-            verdicts += await self._intake.accept(group, door=DOOR)
-        self._answer(verdicts)
+        self._answer(await self._intake.accept(group, door=DOOR))
 
     def _answer(self, verdicts: list[Verdict]) -> None:
         session = self._session
