@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import cast
 
 import duckdb
 import pyarrow as pa
@@ -22,6 +23,7 @@ from cloud.sinks.contract import EventRecord, GapRecord, Record, RetryLater, Sca
 from config.cloud import Archive
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
+from tests.sink_conformance import SinkConformance, Store, Told
 
 S = 1_000_000_000
 DAY = 86_400 * S
@@ -325,6 +327,46 @@ async def test_vacuum_keeps_what_the_table_needs_and_a_weeks_versions(tmp_path: 
     assert (
         len(list((tmp_path / "readings").rglob("*.parquet"))) == 4
     )  # the three that were joined, and the one
+
+
+# --- the suite of every sink ---
+
+
+class Folder(Store):
+    remembers = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def sink(self) -> ArchiveSink:
+        return ArchiveSink(LOCAL, self.folder)
+
+    async def readings(self) -> list[Told]:
+        found = [told(row) for row in rows(self.folder)]
+        return sorted(found, key=lambda one: (one.gateway, one.device, one.point, one.taken_at_ns))
+
+
+def told(row: dict[str, object]) -> Told:
+    value = row["text"] if row["type"] == "str" else row["value"]
+    if row["type"] == "bool" and value is not None:
+        value = bool(value)
+    gateway = f"{row['tenant']}/{row['gateway']}"
+    return Told(
+        gateway,
+        str(row["device"]),
+        str(row["point"]),
+        int(str(row["taken_at_ns"])),
+        cast("Value | None", value),
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "archive")
+
+
+class TestArchive(SinkConformance):
+    """The archive in a folder holds to what every sink promises."""
 
 
 # --- what a power cut leaves ---

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
+import datetime
 import io
 import json
 import threading
@@ -22,6 +24,8 @@ from config.cloud import InfluxDB
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
 from tests.servers import run
+from tests.sink_conformance import RefusingSinkConformance, ServerSinkConformance, Store, Told
+from tests.sink_conformance import scan as conform_scan
 
 S = 1_000_000_000
 TOKEN_ENV = "HEADGATE_TEST_INFLUX_TOKEN"
@@ -430,6 +434,69 @@ async def test_a_stopped_server_is_retried_and_nothing_is_lost(
     assert (await sink.write(records, 100)).rejected == ()
     assert bucket.count("heat", "a") == 100
     await sink.close()
+
+
+# --- the suite of every sink ---
+
+
+class InfluxStore(Store):
+    remembers = False
+
+    def __init__(self, server: run.InfluxDb) -> None:
+        self.bucket = Bucket(server, f"conformance-{time.time_ns()}")
+
+    def sink(self) -> InfluxSink:
+        return InfluxSink(self.bucket.settings())
+
+    async def readings(self) -> list[Told]:
+        found: list[Told] = []
+        for field in await asyncio.to_thread(self.bucket.fields, "heating"):
+            if field.endswith(".quality"):
+                continue
+            rows = await asyncio.to_thread(
+                self.bucket.query,
+                f'from(bucket: "{self.bucket.name}") |> range(start: 1970-01-01T00:00:00Z, stop: 2200-01-01T00:00:00Z)'
+                f' |> filter(fn: (r) => r._measurement == "heating" and r._field == "{field}")',
+            )
+            found += [_told(row) for row in rows]
+        return sorted(found, key=lambda told: (told.gateway, told.device, told.point, told.taken_at_ns))
+
+    def refusable(self) -> ScanRecord:
+        return conform_scan(10**6, (1.0, 2.0, 3), at_ns=2**64)
+
+    def stop(self) -> None:
+        self.bucket.server.process.kill()
+
+    def start(self) -> None:
+        self.bucket.server.process.start()
+
+
+def _told(row: dict[str, str]) -> Told:
+    text = row["_value"]
+    words: dict[str, Value] = {"true": True, "false": False}
+    value = text if row["_field"] == "state" else words[text] if text in words else float(text)
+    whole, _, part = row["_time"].rstrip("Z").partition(".")
+    at = datetime.datetime.fromisoformat(f"{whole}+00:00")
+    at_ns = int(at.timestamp()) * S + int(part.ljust(9, "0") or 0)
+    gateway = f"{row['tenant']}/{row['gateway']}"
+    return Told(gateway, row["device"], row["_field"], at_ns // 1000 * 1000, value)
+
+
+@pytest.fixture(scope="class")
+def own_server() -> Iterator[run.InfluxDb]:
+    """To be stopped at will, so no other test's; one for all tests of the suite."""
+    with run.influxdb() as server:
+        yield server
+
+
+@pytest.fixture
+def store(own_server: run.InfluxDb, monkeypatch: pytest.MonkeyPatch) -> InfluxStore:
+    monkeypatch.setenv(TOKEN_ENV, own_server.token)
+    return InfluxStore(own_server)
+
+
+class TestInflux(ServerSinkConformance, RefusingSinkConformance):
+    """InfluxDB holds to what every sink promises."""
 
 
 # --- a scripted server, for what the real one does not do on demand ---

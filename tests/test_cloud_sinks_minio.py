@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import threading
 import time
@@ -24,6 +25,8 @@ from cloud.sinks.minio import RULE_UPLOADS, RULE_VERSIONS, Bucket, Capabilities,
 from config.cloud import Archive
 from sync.wire import Layout, layout_id
 from tests.servers import run
+from tests.sink_conformance import SinkConformance, Store, Told
+from tests.test_cloud_sinks_archive import told
 
 S = 1_000_000_000
 AT = 1_795_446_640_123_456_789
@@ -120,6 +123,30 @@ def place(minio_server: run.Minio, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv(ACCESS, minio_server.access_key)
     monkeypatch.setenv(SECRET, minio_server.secret_key)
     return Place(minio_server)
+
+
+class BucketStore(Store):
+    remembers = True
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def sink(self) -> ArchiveSink:
+        return ArchiveSink(self.place.settings(), NO_FOLDER)
+
+    async def readings(self) -> list[Told]:
+        rows = await asyncio.to_thread(lambda: self.place.table().to_pyarrow_table().to_pylist())
+        found = [told(row) for row in rows]
+        return sorted(found, key=lambda one: (one.gateway, one.device, one.point, one.taken_at_ns))
+
+
+@pytest.fixture
+def store(place: Place) -> BucketStore:
+    return BucketStore(place)
+
+
+class TestArchiveBucket(SinkConformance):
+    """The archive in a bucket holds to what every sink promises."""
 
 
 async def test_readings_are_appended_once_and_read_back_through_restarts_and_repeats(place: Place) -> None:
