@@ -108,6 +108,7 @@ def config() -> None:
 def config_check(file: Path) -> None:
     """Check FILE as `run` would: every key, the devices, and their drivers' own tables."""
     from agent.configuration import check
+    from sync.identity import IdentityError, read_secret
 
     checked = check(file)
     if checked.config is None or checked.errors:
@@ -120,6 +121,12 @@ def config_check(file: Path) -> None:
         f"{len(checked.devices)} devices{f' ({idle} more disabled)' if idle else ''}, {points} points, uplink "
         + ("none" if uplink.kind == "none" else f"{uplink.kind} to {uplink.host}")
     )
+    if uplink.kind != "none":
+        try:
+            read_secret("uplink", file=uplink.token_file, env=uplink.token_env)
+        except IdentityError as err:
+            # No error of the file: it may be checked on another machine, or by another user, than it will run.
+            click.echo(f"note: the credential cannot be used here and now: {err}", err=True)
 
 
 @main.command()

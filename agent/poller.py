@@ -9,7 +9,8 @@ Rules:
    scan of bad readings with the reason, at most one per period.
 4. What one device or driver does never reaches another: `DeviceUnreachable` is retried, `ConfigError` stops this
    device with the remedy, and any other exception is the driver's own fault: a new driver is built, with backoff.
-5. A change of state is logged once, when it happens; retries in between are DEBUG.
+5. A change of state is logged once, when it happens; retries in between are DEBUG. One damaged message is a bad scan,
+   not a change of state; a device that comes and goes is told of a few times an hour, and its health tells the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import random
 import struct
 import zlib
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from time import perf_counter_ns
 from typing import Any, Final, Protocol
@@ -53,7 +55,14 @@ CLOSE_S: Final = 2.0  #: for a driver to let go of its device; leaving takes at 
 _ALIGN_UP_TO_S: Final = 2.0  #: with longer periods a lost device is tried between its slots too
 _GRACE: Final = 0.1  #: of a period: a slot this little late is served late instead of skipped
 _SHARE_EVERY: Final = 16  #: scans of a device that never waits, until the others get a turn
+_BAD_IN_A_ROW: Final = 3  #: scans without one usable value until the device counts as down
+_CHANGES_TOLD: Final = 12  #: changes of one device's state in an hour that the log tells
 _MOST_PACKINGS: Final = 256  #: selections of points in one device's messages, until the cache starts afresh
+
+
+_SILENT: Final = frozenset(
+    {Reason.STALE, Reason.TIMEOUT, Reason.DISCONNECTED}
+)  #: not a matter of one message
 
 
 class Store(Protocol):
@@ -148,6 +157,8 @@ class DevicePoller:
         self._faults = 0  #: since the last good scan
         self._trouble_since_s: float | None = None
         self._bad_kept_s = -math.inf  #: when the last scan of a failed attempt was kept
+        self._bad_in_a_row = 0
+        self._told_s: deque[float] = deque(maxlen=_CHANGES_TOLD)  #: when changes of state were logged
         self._unshared = 0
         self._dropped_before = 0  #: by the driver's own queue
 
@@ -280,6 +291,7 @@ class DevicePoller:
         else:
             self.gauge.health.overruns += 1
         if self.gauge.health.state is State.OK and len(scan.reasons) < len(values):
+            self._bad_in_a_row = 0
             return
         self._noticed(scan)
 
@@ -328,31 +340,43 @@ class DevicePoller:
 
     def _noticed(self, scan: Scan) -> None:
         """A scan came while the device was not fine, or a scan without one usable value."""
-        name = self.plan.name
         if len(scan.reasons) == len(scan.values) and not any(r.has_value for r in scan.reasons.values()):
             reason = next(iter(scan.reasons.values()))
-            self._down(f"answers without a single value ({reason.name.lower()})", reason)
+            self._bad_in_a_row += 1
+            if reason in _SILENT:
+                self._down("says nothing" if reason is Reason.STALE else "does not answer", reason)
+            elif self._bad_in_a_row >= _BAD_IN_A_ROW:
+                self._down(f"gives no usable value ({reason.name.lower()})", reason)
             return
-        self._attempt = self._faults = 0
+        self._attempt = self._faults = self._bad_in_a_row = 0
         if not self.gauge.enter(State.OK):
             return
+        now_s = asyncio.get_running_loop().time()
         if self._trouble_since_s is None:
-            log.info(
-                "%s: first scan, %d of %d points good",
-                name,
-                len(scan.values) - len(scan.reasons),
-                len(scan.values),
-            )
+            good, all_of_it = len(scan.values) - len(scan.reasons), len(scan.values)
+            log.info("%s: first scan, %d of %d points good", self.plan.name, good, all_of_it)
         else:
-            lasted_s = asyncio.get_running_loop().time() - self._trouble_since_s
-            log.info("%s answers again after %s", name, duration_in_words(lasted_s))
+            lasted = duration_in_words(now_s - self._trouble_since_s)
             self._trouble_since_s = None
+            self._tell(logging.INFO, f"answers again after {lasted}")
+
+    def _tell(self, level: int, text: str, err: BaseException | None = None) -> None:
+        """Log a change of state, unless this device's have been told too often within the hour."""
+        now_s = asyncio.get_running_loop().time()
+        told = self._told_s
+        if len(told) == _CHANGES_TOLD and now_s - told[0] < 3600:
+            log.debug("%s: %s", self.plan.name, text)
+            return
+        told.append(now_s)
+        if len(told) == _CHANGES_TOLD and now_s - told[0] < 3600:
+            text += "; it comes and goes: not told again within the hour, see headgate status"
+        log.log(level, "%s: %s", self.plan.name, text, exc_info=err)
 
     def _down(self, why: str, reason: Reason) -> None:
         if self._trouble_since_s is None:
             self._trouble_since_s = asyncio.get_running_loop().time()
         if self.gauge.enter(State.DOWN, why, reason):
-            log.warning("%s: %s; trying on. %s", self.plan.name, why, self.gauge.health.remedy)
+            self._tell(logging.WARNING, f"{why}; trying on. Remedy: {self.gauge.health.remedy}")
         else:
             log.debug("%s: %s", self.plan.name, why)
 
@@ -380,7 +404,7 @@ class DevicePoller:
             self._trouble_since_s = asyncio.get_running_loop().time()
         why = f"driver {self.plan.driver!r} failed: {type(err).__name__}: {err}"
         if self.gauge.enter(State.FAULT, why, Reason.DRIVER):
-            log.error("%s: %s; it is restarted with backoff", self.plan.name, why, exc_info=err)
+            self._tell(logging.ERROR, f"{why}; it is restarted with backoff", err)
             self._store.record_event("driver-fault", why, self.plan.name)
         else:
             log.debug("%s: %s", self.plan.name, why)

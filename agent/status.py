@@ -261,6 +261,8 @@ def lines(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[str
             f"{buffer.max_bytes / _MB:.0f} MB; kept {buffer.kept_readings:,}, delivered {buffer.settled_readings:,}, "
             f"gaps {buffer.gapped_readings:,}"
         )
+    # A running agent's word is a few seconds old: what it says is told as of then.
+    now_ns = status.written_ns if running else now_ns
     width = max((len(d.name) for d in status.devices), default=0)
     for device in status.devices:
         good = "never" if device.last_good_ns is None else f"{_ago(device.last_good_ns, now_ns)} ago"

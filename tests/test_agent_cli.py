@@ -193,6 +193,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "none.toml: cannot be read" in words
 
 
+def test_a_credential_that_cannot_be_read_here_is_noted(file: Path, tmp_path: Path) -> None:
+    file.write_text(file.read_text().replace('kind = "none"', f'token_file = "{tmp_path}/none"'))
+    code, words = said("config", "check", file)
+    assert code == 0
+    assert "note: the credential" in words
+    assert f"cannot read {tmp_path}/none" in words
+
+
 # --- status ---
 
 

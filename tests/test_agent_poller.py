@@ -392,17 +392,44 @@ async def test_retries_of_a_dead_device_stay_on_its_own_slots() -> None:
 
 async def test_a_scan_without_one_value_is_a_device_that_is_down() -> None:
     async def read(n: int) -> Scan:
-        if n < 3:
+        if n < 6:
             return scan_of(None, None, reasons={0: Reason.EXCEPTION, 1: Reason.EXCEPTION})
         return scan_of(1, 1)
 
     driver, store = Asked(read), ListStore()
     async with running(poller := poller_of(driver, store, period_s=0.05)):
-        await until(lambda: driver.reads >= 2)
-        assert poller.gauge.health.state is State.DOWN
+        await until(lambda: poller.gauge.health.state is State.DOWN)
+        assert driver.reads >= 3
         assert "exception" in poller.gauge.health.why
         await until(lambda: poller.gauge.health.state is State.OK)
     assert driver.connects == 1
+
+
+async def test_one_damaged_message_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
+    async def read(n: int) -> Scan:
+        return scan_of(None, None, reasons={0: Reason.CRC, 1: Reason.CRC}) if n % 2 else scan_of(n, n)
+
+    driver, store = Asked(read), ListStore()
+    with caplog.at_level(logging.INFO, "agent"):
+        async with running(poller := poller_of(driver, store)):
+            await until(lambda: driver.reads >= 10)
+            assert poller.gauge.health.state is State.OK
+    assert len(caplog.records) == 1  # the first scan
+    assert poller.gauge.health.reasons["CRC"] >= 8
+
+
+async def test_a_device_that_comes_and_goes_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def read(n: int) -> Scan:
+        reason = Reason.TIMEOUT
+        return scan_of(None, None, reasons={0: reason, 1: reason}) if n % 2 else scan_of(n, n)
+
+    driver, store = Asked(read), ListStore()
+    with caplog.at_level(logging.INFO, "agent"):
+        async with running(poller_of(driver, store)):
+            await until(lambda: driver.reads >= 60)
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 12
+    assert "not told again within the hour" in said[-1]
 
 
 async def test_a_device_down_does_not_slow_its_neighbour() -> None:
