@@ -66,8 +66,7 @@ def run(loaded: Loaded) -> int:
         raise StartError(str(err)) from err
     leaver = Leaver()
     try:
-        leaver.code = asyncio.run(Daemon(loaded, folder, leaver, random.Random()).serve())
-        return leaver.code
+        return asyncio.run(Daemon(loaded, folder, leaver, random.Random()).serve())
     finally:
         lock.release()
 
@@ -155,7 +154,9 @@ class Daemon:
             " in order" if state is RunState.STOPPED else "",
             kept.kept_readings, kept.settled_readings, kept.buffered_readings,
         )  # fmt: skip
-        return EXIT_OK if state is RunState.STOPPED else EXIT_FAILED
+        # Known from here on, whatever thread of a library may still hold up the process.
+        self._leaver.code = EXIT_OK if state is RunState.STOPPED else EXIT_FAILED
+        return self._leaver.code
 
     async def _run(self, buffer: Buffer) -> None:
         """Until asked to leave; an `ExceptionGroup` where a part ended by itself."""

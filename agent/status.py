@@ -120,7 +120,8 @@ def as_json(status: AgentStatus, found: list[Problem], *, running: bool | None) 
 
 def write(folder: Path, status: AgentStatus) -> None:
     """Replace the state file. Raises `OSError`."""
-    write_atomically(folder / STATUS_NAME, msgspec.json.format(_encode(status), indent=2) + b"\n")
+    # Compact: it is written every few seconds, to flash. `headgate status --json` shows it with indents.
+    write_atomically(folder / STATUS_NAME, _encode(status) + b"\n")
 
 
 def read(folder: Path) -> AgentStatus | None:

@@ -284,6 +284,14 @@ def test_the_supervisor_hears_ready_watchdog_and_stopping(agent: Agent, tmp_path
     assert heard[1:3] == ["WATCHDOG=1"] * 2
 
 
+def test_below_systemd_each_line_says_its_priority(agent: Agent) -> None:
+    agent.start({"JOURNAL_STREAM": "8:1"})
+    agent.until_reading()
+    agent.end()
+    assert agent.log.splitlines()
+    assert all(re.match(r"<[3-7]>|    ", line) for line in agent.log.splitlines())
+
+
 # --- in this process: what a test cannot do from outside ---
 
 
