@@ -14,7 +14,8 @@ Rules:
    | 401 | text | no valid credential |
    | 403 | nack | the envelope names another gateway |
    | 413 | nack | larger than a batch may be |
-   | 429, 503 | nack, `Retry-After` | too much under way; the journal is full or cannot be written |
+   | 429, 503 | nack, `Retry-After` | too much under way; the journal is full or cannot be written; a version that
+   |  |  | this cloud does not read yet |
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DOOR: Final = "http"
 
 _TEXT: Final = b"text/plain; charset=utf-8"
 _REPLY: Final = b"application/vnd.headgate.reply"
-_NACK_STATUS: Final = {"identity": 403, "size": 413, "busy": 429, "full": 503, "journal": 503}
+_NACK_STATUS: Final = {"identity": 403, "version": 503, "size": 413, "busy": 429, "full": 503, "journal": 503}
 
 
 class Credentials:

@@ -38,6 +38,9 @@ from sync.wire import (
 log = logging.getLogger(__name__)
 
 RETRY_BUSY_S: Final = 1.0  #: too much under way: the next commits are milliseconds away
+RETRY_VERSION_S: Final = (
+    300.0  #: a gateway that was updated before its cloud keeps what it has and asks again
+)
 RETRY_BROKEN_S: Final = 30.0  #: the journal cannot be written: a human is on the way
 MAX_STATE_BYTES: Final = 64 * 1024
 MAX_READINGS: Final = MAX_FRAMES * MAX_POINTS  #: and the journal's integers have 64 bits
@@ -143,7 +146,7 @@ class Intake:
 
     def _refuse(self, claim: tuple[int, int, int], code: str, text: str) -> Nack:
         self._metrics.refused[code] += 1
-        return Nack(*claim, code, text)
+        return Nack(*claim, code, text, RETRY_VERSION_S if code == "version" else None)
 
     async def _append(self, entries: list[Entry], size: int) -> list[Verdict]:
         self.inflight += len(entries)

@@ -410,10 +410,14 @@ def open_head(payload: bytes) -> tuple[Head, int]:
     if len(payload) > MAX_BATCH_BYTES:
         raise WireError("size", f"{len(payload)} bytes; the limit is {MAX_BATCH_BYTES}")
     version, compression = payload[0] >> 4, payload[0] & 0x0F
-    if version != VERSION:
-        raise WireError("version", f"envelope version {version}; this cloud reads version {VERSION}")
-    if compression not in (COMPRESSION_NONE, COMPRESSION_ZSTD):
-        raise WireError("version", f"compression {compression}; this cloud reads 0 (none) and 1 (zstd)")
+    if version != VERSION or compression not in (COMPRESSION_NONE, COMPRESSION_ZSTD):
+        if len(payload) > 1 and not 0x90 <= payload[1] <= 0x9F:  # every version's head is a short array
+            raise WireError("head", "not a batch: no head follows the first byte")
+        raise WireError(
+            "version",
+            f"envelope version {version}, compression {compression}; this cloud reads version {VERSION},"
+            " compression 0 (none) and 1 (zstd)",
+        )
     size = _head_size(payload)
     try:
         head = _decode_head(memoryview(payload)[1 : 1 + size])

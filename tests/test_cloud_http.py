@@ -20,7 +20,7 @@ from sync.https import HttpsUplink
 from sync.identity import GatewayName, Secret
 from sync.uplink import BatchRefused, LinkDown, RetryLater
 from sync.wire import MAX_BATCH_BYTES, Ack, Nack, Reply, Sealed, decode_reply
-from tests.fakes.batches import EPOCH, GATEWAY, batch, forged, largest_batch, spoilt
+from tests.fakes.batches import EPOCH, GATEWAY, batch, forged, from_the_future, largest_batch, spoilt
 from tests.servers.process import free_port
 
 TOKEN, OTHER_TOKEN = "a-token-that-is-long-enough", "another-token-long-enough"
@@ -179,6 +179,15 @@ async def test_bad_input_gets_a_nack_and_harms_nothing(door: Door, name: str) ->
     assert door.metrics.refused == {code: 1}
     assert (await door.post(batch(1))).status == 200
     assert await door.stored() == [(GATEWAY, 1, 3)]
+
+
+@pytest.mark.parametrize("newer", from_the_future().values(), ids=from_the_future())
+async def test_a_version_not_read_yet_is_asked_to_come_again(door: Door, newer: bytes) -> None:
+    answered = await door.post(newer)
+    assert answered.status == 503
+    assert int(answered.headers["retry-after"]) >= 60
+    assert isinstance(answered.reply, Nack)
+    assert answered.reply.code == "version"
 
 
 async def test_the_largest_batch_passes(door: Door) -> None:

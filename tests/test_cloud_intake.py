@@ -15,7 +15,7 @@ from cloud.journal.contract import Appended, Entry, JournalBroken, JournalFull
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from sync.wire import Ack, Nack, Reply, decode_reply, encode_reply
-from tests.fakes.batches import EPOCH, GATEWAY, batch, forged, largest_batch, spoilt
+from tests.fakes.batches import EPOCH, GATEWAY, batch, forged, from_the_future, largest_batch, spoilt
 
 NOW_NS = 1_800_000_000 * 10**9
 SPOILT = spoilt()
@@ -194,7 +194,7 @@ async def test_a_journal_that_cannot_take_it_means_try_again_and_no_paths_are_to
     bench = Bench(journal)
     journal.trouble_is = trouble
     replies = await bench.replies(batch(1), b"garbage", batch(4))
-    assert [r.code for r in replies if isinstance(r, Nack)] == [code, "version", code]
+    assert [r.code for r in replies if isinstance(r, Nack)] == [code, "head", code]
     assert isinstance(replies[0], Nack)
     assert replies[0].retry_after_s == retry_after_s
     assert "secret" not in replies[0].text
@@ -318,3 +318,14 @@ async def test_the_counters_reach_prometheus_and_add_up(bench: Bench) -> None:
     assert lines['headgate_dead_letters{sink="mysql"}'] == "3.0"
     [counts] = await bench.journal.counts()
     assert (counts.frames_received, counts.frames_duplicate) == (10, 5)
+
+
+@pytest.mark.parametrize("newer", from_the_future().values(), ids=from_the_future())
+async def test_a_version_that_this_cloud_does_not_read_yet_is_put_off_and_never_refused_for_good(
+    bench: Bench, newer: bytes
+) -> None:
+    (reply,) = await bench.replies(newer)
+    assert isinstance(reply, Nack)
+    assert reply.code == "version"
+    assert reply.retry_after_s
+    assert await bench.stored() == []

@@ -52,6 +52,15 @@ def forged(
     return bytes((wire.VERSION << 4 | compression,)) + msgspec.msgpack.encode(head) + body
 
 
+def from_the_future() -> dict[str, bytes]:
+    """Batches that a later version may write; this one cannot read them yet."""
+    good = batch(1)
+    return {
+        "another version": bytes((15 << 4 | 1,)) + good[1:],
+        "another compression": bytes((wire.VERSION << 4 | 9,)) + good[1:],
+    }
+
+
 def spoilt() -> dict[str, tuple[bytes, str]]:
     """Bad input by name: the bytes, and the code of the refusal."""
     good = batch(1)
@@ -62,11 +71,9 @@ def spoilt() -> dict[str, tuple[bytes, str]]:
         "within the head": (good[:12], "truncated"),
         "within the body": (good[:-5], "crc"),
         "a flipped bit": (good[:-1] + bytes((good[-1] ^ 1,)), "crc"),
-        "another version": (bytes((15 << 4 | 1,)) + good[1:], "version"),
-        "another compression": (bytes((wire.VERSION << 4 | 9,)) + good[1:], "version"),
         "oversized": (good + bytes(wire.MAX_BATCH_BYTES), "size"),
-        "text": (b"GET / HTTP/1.1\r\n\r\n", "version"),
-        "json": (b'{"hello": 1}', "version"),
+        "text": (b"GET / HTTP/1.1\r\n\r\n", "head"),
+        "json": (b'{"hello": 1}', "head"),
         "a bomb that says so": (forged(bomb, raw_bytes=64 * 1024 * 1024), "size"),
         "a bomb that lies": (forged(bomb, raw_bytes=1000), "size"),
         "no zstd at all": (forged(b"x" * 100, raw_bytes=100), "compression"),
