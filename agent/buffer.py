@@ -69,6 +69,9 @@ MAX_FRAME_BYTES: Final = (
 MAX_LAYOUT_BYTES: Final = 128 * 1024  #: compressed
 LOW_LATENCY_S: Final = 0.1
 _ROW_BYTES: Final = 16  #: what a frame costs beside its bytes
+_EVICTING_FOR_S: Final = (
+    60.0  #: evictions come in steps: how long after one the buffer still counts as at its cap
+)
 _RETRY_S: Final = 1.0  #: how soon a disk that refused is asked again
 _MIB: Final = 2**20
 
@@ -189,6 +192,7 @@ class Buffer:
         self._condition = Condition.OK
         self._detail = ""
         self._overrun_scans = self._overrun_readings = 0
+        self._evicted_s = -_EVICTING_FOR_S
         self._commits = 0
         self._commit_s = self._commit_max_s = 0.0
         self._size_bytes = 0
@@ -383,7 +387,10 @@ class Buffer:
             log.warning("frame %d cannot be parked now: %s", seq, err)
             return False
         self._look()
-        self.record_event("frame_refused", f"frame {seq} ({readings} readings) was refused: {code}: {reason}")
+        if readings:  # an event about a refused event would go round for ever
+            self.record_event(
+                "frame_refused", f"frame {seq} ({readings} readings) was refused: {code}: {reason}"
+            )
         return True
 
     def settle(self, ack: Ack) -> None:
@@ -478,11 +485,14 @@ class Buffer:
         self._look()
         if self._condition is Condition.HOLDING:
             log.info("the buffer takes readings again")
-        evicting = self._store.evicting
+        now_s = time.monotonic()
+        if self._store.evicting:
+            self._evicted_s = now_s
+        evicting = now_s - self._evicted_s < _EVICTING_FOR_S
         if evicting and self._condition is not Condition.EVICTING:
-            log.warning(
-                "the buffer is at its cap: the oldest readings are being dropped, and reported as gaps"
-            )
+            log.warning("the buffer is at its cap: the oldest readings are dropped, and reported as gaps")
+        elif self._condition is Condition.EVICTING and not evicting:
+            log.info("the buffer is below its cap again")
         self._condition = Condition.EVICTING if evicting else Condition.OK
         self._detail = (
             "at its cap or at the free-disk floor: the oldest readings are dropped; raise buffer.max_mb, free some"

@@ -158,9 +158,9 @@ class Forwarder:
                 if self._buffer.epoch != self._epoch:
                     raise _Lost("the buffer was replaced")
                 proven = self._answers != first_answers or time.monotonic() - opened_s > _PROOF_S
+                self._wake.clear()  # before looking: what happens meanwhile is looked at next time
                 await self._fill(proven=proven)
                 timeout_s = self._pause_s(proven=proven)
-                self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s):
                         await self._wake.wait()
@@ -226,6 +226,12 @@ class Forwarder:
                 break
             for batch in batches:
                 self._start(batch, live=False)
+        if suspects and not self._sending and suspects[0][0] < suspects[0][1]:
+            # Nothing else is there to show that the way works; halving needs no such proof, only parking does.
+            self._buffer.live_room = 0
+            self._todo.remove(suspects[0])
+            await self._send_suspect(suspects[0])
+            return
         waiting = bool(self._todo) or self._buffer.has_backlog
         backlog = sum(not u.live for u in self._sending.values())
         reserved = max(share, backlog) if waiting and not suspects else backlog

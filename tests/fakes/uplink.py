@@ -20,6 +20,8 @@ class MemoryUplink:
         self.name = "memory"
         self.up = True
         self.largest: int | None = None  #: above this the connection breaks, without a word
+        self.round_trip_s = 0.0
+        self.broken = 0
         self.opened = 0
         self.most_at_once = 0
         self._gateway = gateway
@@ -43,7 +45,11 @@ class MemoryUplink:
         try:
             if self.largest is not None and len(batch.payload) > self.largest:
                 await asyncio.sleep(0.001)
+                self.broken += 1
                 self.cut()
+                raise LinkDown("memory: the connection ended")
+            if self.round_trip_s:
+                await asyncio.wait((cut,), timeout=self.round_trip_s)
             accept = asyncio.ensure_future(
                 self._far.accept([Arrival(str(self._gateway), batch.payload, 0.0)], door="memory")
             )
