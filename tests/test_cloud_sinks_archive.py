@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 
 from cloud.sinks import archive_columns
 from cloud.sinks.archive import ArchiveSink
-from cloud.sinks.contract import EventRecord, GapRecord, Record, RetryLater, ScanRecord, SinkBroken
+from cloud.sinks.contract import (
+    EventRecord,
+    GapRecord,
+    Record,
+    RetryLater,
+    ScanRecord,
+    SinkBroken,
+    StoreChanged,
+)
 from config.cloud import Archive
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
@@ -496,6 +504,33 @@ async def test_a_full_disk_is_retried_and_leaves_nothing_half_written(
     await sink.write([scan(2, 2)], 2)
     await sink.close()
     assert len(identities(tmp_path)) == len(set(identities(tmp_path))) == 4
+
+
+async def test_a_table_that_was_emptied_under_us_is_noticed_and_filled_again(tmp_path: Path) -> None:
+    sink = await opened(tmp_path)
+    await sink.write([scan(1, 1)], 1)
+    shutil.rmtree(tmp_path / "readings")
+    with pytest.raises(StoreChanged):
+        await sink.write([scan(2, 2)], 2)
+    assert await sink.open() == 0
+    await sink.write([scan(1, 1), scan(2, 2)], 2)
+    await sink.close()
+    assert len(identities(tmp_path)) == 4
+
+
+async def test_a_table_restored_from_a_backup_under_us_is_noticed(tmp_path: Path) -> None:
+    sink = await opened(tmp_path)
+    await sink.write([scan(1, 1)], 1)
+    shutil.copytree(tmp_path / "readings", tmp_path / "backup")
+    await sink.write([scan(2, 2)], 2)
+    shutil.rmtree(tmp_path / "readings")
+    (tmp_path / "backup").rename(tmp_path / "readings")
+    with pytest.raises(StoreChanged):
+        await sink.write([scan(3, 3)], 3)
+    assert await sink.open() == 1
+    await sink.write([scan(2, 2), scan(3, 3)], 3)
+    await sink.close()
+    assert len(identities(tmp_path)) == 6
 
 
 async def test_a_folder_that_cannot_be_made_stops_the_sink(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from cloud.sinks.archive_store import FolderStore, Store
+from cloud.sinks.archive_store import LOG_FOLDER, FolderStore, Store
 from cloud.sinks.contract import (
     EventRecord,
     GapRecord,
@@ -43,6 +43,7 @@ from cloud.sinks.contract import (
     Settled,
     SinkBroken,
     SinkError,
+    StoreChanged,
 )
 from config.cloud import Archive
 from sync.wire import Layout, layout_id
@@ -309,9 +310,16 @@ class Table:
             self._delta = delta
 
     def refresh(self) -> None:
-        """Opens the table again where a call before ended in the unknown."""
+        """Opens the table again where a call before ended in the unknown. Raises `StoreChanged` where it is not as it
+        was left: a commit on top of what is gone would leave a table that nobody can read."""
+        known = self.complete_to
         if self._delta is None:
             self.open()
+        elif not self._store.has(self.name, f"{LOG_FOLDER}/{self._delta.version():020d}.json"):
+            self._delta = None
+            raise StoreChanged(f"{self._where}: its log has gone")
+        if self.complete_to < known:
+            raise StoreChanged(f"{self._where}: complete to {self.complete_to}, it was to {known}")
 
     def append(self, parts: Mapping[Partition, pa.Table], complete_to: int, highest: int) -> None:
         """One commit: these rows, and the offset up to which the table is then complete."""

@@ -41,6 +41,9 @@ class Store(Protocol):
     def put(self, table: str, path: str, data: memoryview) -> None:
         """A new file of the table, durable when this returns."""
 
+    def has(self, table: str, path: str) -> bool:
+        """Whether the table has this file."""
+
     def settle(self, table: str) -> None:
         """Makes durable what deltalake has written since the last call."""
 
@@ -76,6 +79,9 @@ class FolderStore:
         _sync_folder(target.parent)
         for folder in made:
             _sync_folder(folder)
+
+    def has(self, table: str, path: str) -> bool:
+        return (self._folder / table / path).exists()
 
     def settle(self, table: str) -> None:
         """Syncs the log's new entries, the files that they name, and the folders of both."""

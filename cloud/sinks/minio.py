@@ -141,6 +141,18 @@ class Bucket:
         with self._errors():
             self._client.put_object(self._settings.bucket, f"{table}/{path}", io.BytesIO(data), len(data))
 
+    def has(self, table: str, path: str) -> bool:
+        from minio.error import S3Error
+
+        with self._errors():
+            try:
+                self._client.stat_object(self._settings.bucket, f"{table}/{path}")
+            except S3Error as err:
+                if err.code in ("NoSuchKey", "NoSuchObject"):
+                    return False
+                raise
+        return True
+
     def settle(self, table: str) -> None:
         """Nothing: an object is durable when its PUT is answered."""
 
