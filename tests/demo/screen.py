@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 LINE_EVERY_S = 3.0
 COLOUR = {"good": "green", "uncertain": "yellow", "bad": "red"}
@@ -107,7 +108,7 @@ class Screen:
         if not self._live:
             print(line, file=sys.stderr, flush=True)
             return
-        table = Table(title=line, title_justify="left", expand=False)
+        table = Table(expand=False)
         for column in ("device", "point", "value", "unit", "quality", "age"):
             table.add_column(column, justify="right" if column in ("value", "age") else "left", no_wrap=True)
         for row in self._latest()[:24]:
@@ -120,7 +121,7 @@ class Screen:
                 f"[{colour}]{row['quality']}",
                 row["age"],
             )
-        self._live.update(Group(table, *self._notes), refresh=True)
+        self._live.update(Group(Text(line, style="bold"), table, *map(Text, self._notes)), refresh=True)
 
     def _latest(self) -> list[dict[str, str]]:
         """The newest reading of the first points of each device, as the cloud's API has them."""
