@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,12 +16,12 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cloud import registry
 from cloud.registry import Registry
 from cloud.sinks.contract import RetryLater, SinkBroken, SinkError, SinkRefused
-from cloud.sinks.sql import SqlSink, Statements
+from cloud.sinks.sql import ROWS_PER_STATEMENT, Row, SqlSink, Statements
 
 FILE: Final = "readings.sqlite"
 BUSY_TIMEOUT_S: Final = 30.0
@@ -35,6 +35,13 @@ _BROKEN: Final = (
     "not a database",
     "no such table",
     "no such column",
+)
+
+
+_INSERT: Final = str(
+    sqlite.insert(registry.readings)
+    .on_conflict_do_nothing()
+    .compile(dialect=sqlite.dialect(paramstyle="qmark"))
 )
 
 
@@ -56,7 +63,6 @@ class EmbeddedSink(SqlSink):
         return sqlite_engine(self._path, begin="BEGIN IMMEDIATE")
 
     def statements(self, dialect: sa.Dialect) -> Statements:
-        readings = sqlite.insert(registry.readings).on_conflict_do_nothing()
         latest = sqlite.insert(registry.latest)
         new, old = latest.excluded, registry.latest.c
         newer = sa.or_(
@@ -73,7 +79,11 @@ class EmbeddedSink(SqlSink):
             index_elements=[registry.gateways.c.id],
             set_={"last_seen_ns": sa.func.max(registry.gateways.c.last_seen_ns, seen.excluded.last_seen_ns)},
         )
-        return Statements(*(str(stmt.compile(dialect=dialect)) for stmt in (readings, latest, seen)))
+        return Statements(*(str(stmt.compile(dialect=dialect)) for stmt in (latest, seen)))
+
+    async def insert(self, conn: AsyncConnection, rows: Sequence[Row]) -> None:
+        for at in range(0, len(rows), ROWS_PER_STATEMENT):
+            await conn.exec_driver_sql(_INSERT, list(rows[at : at + ROWS_PER_STATEMENT]))
 
     async def expire(self, now_ns: int, before_ns: int) -> None:
         if before_ns <= 0:

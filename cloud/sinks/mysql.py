@@ -1,7 +1,8 @@
 """MySQL and MariaDB: the registry, latest readings, and history partitioned by day.
 
 Rules:
-1. One multi-row INSERT per batch: the driver is asyncmy, whose `executemany` also knows MySQL 8's `AS new` form.
+1. One multi-row INSERT per batch, up to what the server takes as one packet. The small upserts beside it go through
+   asyncmy's `executemany`, which also knows MySQL 8's `AS new` form and makes one statement of them.
 2. Strict mode, always: what does not fit is an error, never a silently cut value.
 3. Every day with readings has its partition, made before the first row that needs it; a stretch of days without any
    is one partition until a late row parts it. `p_before`, in front of them all, is empty unless data is older than
@@ -18,14 +19,15 @@ import itertools
 import ssl
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import sqlalchemy as sa
+from asyncmy.converters import escape_string
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from cloud import registry
 from cloud.registry import Registry
@@ -44,6 +46,9 @@ MAX_DAYS: Final = 1_000  #: days with a partition of their own, of the 8,192 tha
 DEADLOCK_TRIES: Final = 3
 DELETE_ROWS: Final = 20_000  #: per transaction of the retention
 BEFORE: Final = "p_before"
+MAX_STATEMENT_BYTES: Final = 4 * 1024 * 1024  #: of one INSERT, where max_allowed_packet has room for it
+_COLUMNS: Final = ", ".join(registry.readings.columns.keys())
+_INSERT: Final = f"INSERT INTO readings ({_COLUMNS}) VALUES "  # noqa: S608 - names of ours
 
 # Error numbers: MySQL's "Server Error Message Reference" and "Client Error Message Reference"; MariaDB shares them.
 _DEADLOCK: Final = frozenset((1205, 1213))
@@ -58,7 +63,7 @@ _BROKEN: Final = frozenset(
     (1044, 1045, 1049, 1054, 1130, 1131, 1133, 1142, 1143, 1146, 1193, 1227, 1251, 1370, 1698, 2026, 2054, 2061)
 )  # fmt: skip
 """Access denied, unknown database, table or column, host not allowed, TLS, authentication plugin."""
-_REFUSED: Final = frozenset((1048, 1062, 1264, 1265, 1292, 1366, 1406, 1526, 1690, 3140))
+_REFUSED: Final = frozenset((1048, 1153, 1062, 1264, 1265, 1292, 1366, 1406, 1526, 1690, 3140))
 """A value that does not fit its column."""
 
 
@@ -71,14 +76,12 @@ class MySqlSink(SqlSink):
         self._password = password
         # The partitions' upper bounds in days since 1970, sorted; the first is that of `p_before`.
         self._bounds: list[int] = []
+        self._statement_bytes = MAX_STATEMENT_BYTES
 
     def make_engine(self) -> AsyncEngine:
         return mysql_engine(self._settings, self._password)
 
     def statements(self, dialect: sa.Dialect) -> Statements:
-        readings = mysql.insert(registry.readings)
-        # An update that changes nothing: INSERT IGNORE would turn every other error into a warning.
-        readings = readings.on_duplicate_key_update(received_at_ns=registry.readings.c.received_at_ns)
         latest = mysql.insert(registry.latest)
         new, old = latest.inserted, registry.latest.c
         newer = sa.or_(
@@ -94,9 +97,12 @@ class MySqlSink(SqlSink):
         seen = seen.on_duplicate_key_update(
             last_seen_ns=sa.func.greatest(registry.gateways.c.last_seen_ns, seen.inserted.last_seen_ns)
         )
-        return Statements(*(str(stmt.compile(dialect=dialect)) for stmt in (readings, latest, seen)))
+        return Statements(*(str(stmt.compile(dialect=dialect)) for stmt in (latest, seen)))
 
     async def opened(self) -> None:
+        async with self._connection().connect() as conn:
+            packet = await conn.scalar(sa.text("SELECT @@max_allowed_packet"))
+        self._statement_bytes = min(MAX_STATEMENT_BYTES, int(packet or 0) * 3 // 4)
         await self._read_partitions()
         await self._make_days(_coming(self._clock_ns()))
 
@@ -105,6 +111,11 @@ class MySqlSink(SqlSink):
             with contextlib.suppress(_Deadlock):
                 return await super().write(records, upto_offset)
         return await super().write(records, upto_offset)
+
+    async def insert(self, conn: AsyncConnection, rows: Sequence[Row]) -> None:
+        for text in _inserts(rows, self._statement_bytes):
+            # As it is: no placeholder is looked for in it.
+            await conn.exec_driver_sql(text, execution_options={"no_parameters": True})
 
     async def prepare(self, rows: Sequence[Row]) -> None:
         await self._make_days({row[1] // DAY_NS for row in rows})
@@ -194,6 +205,34 @@ class MySqlSink(SqlSink):
         """Whether a partition holds this day and no other."""
         at = bisect_left(self._bounds, day + 1)
         return 0 < at < len(self._bounds) and self._bounds[at] == day + 1 and self._bounds[at - 1] == day
+
+
+def _inserts(rows: Sequence[Row], max_bytes: int) -> Iterator[str]:
+    """The rows as multi-row INSERTs of about `max_bytes`.
+
+    Written out here and not by the driver, which takes four times as long for rows of any kind: these are integers and
+    finite floats, and the one text is escaped by the driver's own function (`sql_mode` is ours: backslashes escape).
+    """
+    # An update that changes nothing: INSERT IGNORE would turn every other error into a warning.
+    end = " ON DUPLICATE KEY UPDATE received_at_ns = readings.received_at_ns"
+    parts = [
+        f"({a},{b},{c},{d},{value!r},NULL,{q},{s},{r})"
+        if text is None and value is not None
+        else f"({a},{b},{c},{d},{'NULL' if value is None else repr(value)},{_quoted(text)},{q},{s},{r})"
+        for a, b, c, d, value, text, q, s, r in rows
+    ]
+    start = size = 0
+    for at, part in enumerate(parts):
+        size += len(part) * (4 if not part.isascii() else 1) + 1
+        if size > max_bytes and at > start:
+            yield _INSERT + ",".join(parts[start:at]) + end
+            start, size = at, len(part) + 1
+    if parts:
+        yield _INSERT + ",".join(parts[start:]) + end
+
+
+def _quoted(text: str | None) -> str:
+    return "NULL" if text is None else f"'{escape_string(text)}'"
 
 
 def _coming(now_ns: int) -> set[int]:

@@ -47,7 +47,7 @@ from drivers.contract import Reason, Value
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_STATEMENT: Final = 8_000  #: about 0.8 MB of SQL: asyncmy makes one INSERT of up to 1,024,000 bytes
+ROWS_PER_STATEMENT: Final = 8_000  #: keeps one job of the database, and what stands in memory for it, short
 SEEN_EVERY_NS: Final = 10 * 10**9  #: how exact a gateway's `last_seen_ns` is
 MAX_GAPS: Final = 10_000  #: recent gaps watched for late arrivals
 GAP_SLACK_NS: Final = 86_400 * 10**9  #: clock rows differ between a scan's batch and the gap's
@@ -65,7 +65,6 @@ T = TypeVar("T")
 class Statements(msgspec.Struct, frozen=True):
     """The hot statements as this dialect's text, taking rows as tuples in the tables' column order."""
 
-    readings: str
     latest: str
     seen: str
 
@@ -119,6 +118,10 @@ class SqlSink(ABC):
 
     async def prepare(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most stores have nothing to prepare
         """Before the transaction that writes these rows (partitions)."""
+
+    @abstractmethod
+    async def insert(self, conn: AsyncConnection, rows: Sequence[Row]) -> None:
+        """Insert these readings, in as few statements as the database allows; those it has already stay as they are."""
 
     @abstractmethod
     async def expire(self, now_ns: int, before_ns: int) -> None:
@@ -289,8 +292,7 @@ class SqlSink(ABC):
         statements = self._statements
         if statements is None:
             raise StoreChanged(f"sink {self.name} is not open")
-        for at in range(0, len(rows), ROWS_PER_STATEMENT):
-            await conn.exec_driver_sql(statements.readings, rows[at : at + ROWS_PER_STATEMENT])
+        await self.insert(conn, rows)
         last = [newest[point_id] for point_id in sorted(newest)]
         for at in range(0, len(last), ROWS_PER_STATEMENT):
             await conn.exec_driver_sql(statements.latest, last[at : at + ROWS_PER_STATEMENT])
