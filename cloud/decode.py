@@ -194,7 +194,7 @@ class _Batch:
             return ScanRecord(
                 stored.offset, self._tenant, self._gateway, stored.epoch, seq, compiled.packing.layout,
                 frame.layout, taken_at_ns, synchronized, stored.received_at_ns, values, reasons,
-                frame.boot, frame.taken_at_ns,
+                _column(frame.boot), _column(frame.taken_at_ns),
             )  # fmt: skip
         if isinstance(frame, GapFrame):
             _check_gap(frame)
@@ -232,6 +232,11 @@ class _Batch:
         for raw in self._body.frames:
             with contextlib.suppress(WireError):  # it becomes poison by itself
                 yield decode_frame(raw)
+
+
+def _column(number: int) -> int:
+    """Fits a signed 64-bit column; 0 (not told) for what no clock shows."""
+    return number if 0 <= number <= MAX_EPOCH else 0
 
 
 def _newest_ns(frame: Frame) -> int:
