@@ -42,6 +42,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Asgi: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+READING: Final = 256  #: bodies read at once, 64 MiB at most; the others wait in their senders
 BODY_TIMEOUT_S: Final = 30.0  #: 256 KiB at 70 kbit/s; slower is not a link but a siege
 INGEST: Final = "/v1/ingest"
 STATE: Final = "/v1/state"
@@ -88,6 +89,7 @@ class HttpDoor:
         self._credentials = credentials
         self._metrics = metrics
         self._rest = rest
+        self._reading = asyncio.Semaphore(READING)
         self.closing = False  #: set at shutdown: what comes now is asked to come again
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,7 +148,7 @@ class HttpDoor:
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with self._reading, asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -51,6 +52,7 @@ PRESSURE_INTERVAL_S: Final = 5.0
 PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever `keep_hours` says
 TRIM_TO: Final = 0.75
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
+OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
 HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
 
 
@@ -356,6 +358,8 @@ def _listen(config: Cloud) -> socket.socket:
 def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
     import uvicorn
 
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -372,6 +376,7 @@ def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
         proxy_headers=False,
         server_header=False,
         date_header=False,
+        limit_concurrency=max(64, files - OWN_FILES),  # above it: 503, which an agent takes as "come again"
         timeout_keep_alive=75,  # longer than an agent's heartbeat: its connection stays
         timeout_graceful_shutdown=int(HTTP_GRACE_S),
         ssl_certfile=config.server.tls_cert_file,
@@ -407,6 +412,8 @@ def serve(config: Cloud) -> None:
     """Run until SIGTERM or SIGINT. Raises what `CloudServer.run` raises."""
     import uvloop
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for every connected gateway
     os.umask(0o077)  # what gateways measure is nobody else's business
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(config))

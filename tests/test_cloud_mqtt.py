@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+import uvloop
 
 import config.agent
 from cloud import mqtt
@@ -280,24 +281,29 @@ def tls_broker(start: run.Starter, tmp_path: Path) -> tuple[run.Mosquitto, Path]
     return broker, tmp_path / "ca.pem"
 
 
-async def test_over_tls_batches_of_all_sizes_pass(
+def test_over_tls_batches_of_all_sizes_pass_on_the_loop_that_serve_uses(
     tls_broker: tuple[run.Mosquitto, Path], tmp_path: Path
 ) -> None:
     broker, ca = tls_broker
     settings = Settings(host="127.0.0.1", port=broker.port, ca_file=str(ca))
-    async with running(Site(SqliteJournal(tmp_path / "j.db"), settings)) as site:
-        await until(lambda: site.door.connected)
-        uplink = MqttUplink(
-            NAMES[0],
-            config.agent.Uplink(host="127.0.0.1", port=broker.port, ca_file=str(ca), ack_timeout_s=20.0),
-            Secret(WORD),
-        )
-        await uplink.open()
-        await uplink.send(Sealed(EPOCH, 1, 1, largest_batch()))
-        sent = [Sealed(EPOCH, 2 + 3 * n, 4 + 3 * n, batch(2 + 3 * n)) for n in range(200)]
-        await asyncio.gather(*(uplink.send(s) for s in sent))
-        assert len(await site.stored()) == 201
-        await uplink.close()
+
+    async def talk() -> int:
+        async with running(Site(SqliteJournal(tmp_path / "j.db"), settings)) as site:
+            await until(lambda: site.door.connected)
+            uplink = MqttUplink(
+                NAMES[0],
+                config.agent.Uplink(host="127.0.0.1", port=broker.port, ca_file=str(ca), ack_timeout_s=20.0),
+                Secret(WORD),
+            )
+            await uplink.open()
+            await uplink.send(Sealed(EPOCH, 1, 1, largest_batch()))
+            sent = [Sealed(EPOCH, 2 + 3 * n, 4 + 3 * n, batch(2 + 3 * n)) for n in range(200)]
+            await asyncio.gather(*(uplink.send(s) for s in sent))
+            await uplink.close()
+            return len(await site.stored())
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(talk()) == 201
 
 
 async def test_an_unknown_certificate_ends_in_no_connection_and_never_in_plaintext(
