@@ -58,7 +58,7 @@ gateways = _table(
 devices = _table(
     "devices",
     sa.Column("id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("gateway_id", _Id, nullable=False),
+    sa.Column("gateway_id", sa.BigInteger, nullable=False),
     sa.Column("identity", sa.String(32), nullable=False),  # of the name: MySQL compares 'a' and 'a ' as equal
     sa.Column("name", sa.String(NAME_CHARS), nullable=False),
     sa.Column("driver", sa.String(NAME_CHARS), nullable=False),
@@ -70,7 +70,7 @@ devices = _table(
 points = _table(
     "points",
     sa.Column("id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("device_id", _Id, nullable=False),
+    sa.Column("device_id", sa.BigInteger, nullable=False),
     sa.Column("identity", sa.String(32), nullable=False),  # of (name, type, unit)
     sa.Column("name", sa.String(NAME_CHARS), nullable=False),
     sa.Column("type", sa.String(8), nullable=False),
