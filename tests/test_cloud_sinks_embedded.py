@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
@@ -261,3 +262,13 @@ async def test_a_folder_that_cannot_be_made_stops_the_sink_with_the_remedy(tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkBroken, match="writable"):
         await EmbeddedSink(tmp_path / "file" / "data").open()
+
+
+async def test_stores_opened_at_one_time_all_get_their_schema(tmp_path: Path) -> None:
+    stores = [Folder(tmp_path / str(n)) for n in range(3)]
+    sinks = [store.sink() for store in stores]
+    assert await asyncio.gather(*(sink.open() for sink in sinks)) == [0, 0, 0]
+    for sink, store in zip(sinks, stores, strict=True):
+        assert (await sink.write([scan(1, (1.0, 2.0, 3), at_ns=now_ns())], 1)).rejected == ()
+        await sink.close()
+        assert len(await store.readings()) == 3

@@ -18,11 +18,12 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -45,6 +46,9 @@ from cloud.sinks.contract import (
 )
 from drivers.contract import Reason, Value
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 log = logging.getLogger(__name__)
 
 ROWS_PER_STATEMENT: Final = 8_000  #: keeps one job of the database, and what stands in memory for it, short
@@ -53,6 +57,7 @@ MAX_GAPS: Final = 10_000  #: recent gaps watched for late arrivals
 GAP_SLACK_NS: Final = 86_400 * 10**9  #: clock rows differ between a scan's batch and the gap's
 DAY_NS: Final = 86_400 * 10**9
 CANCEL_GRACE_S: Final = 5.0  #: how long a cancelled call may still take to end its transaction
+VERSION_TABLE: Final = "schema_version"  #: as `cloud/migrations/env.py` names it to Alembic
 EXACT: Final = 2**53  #: integers up to this are exact in a double
 
 Row: TypeAlias = tuple[int, int, int, int, float | None, str | None, int, int, int]
@@ -152,8 +157,7 @@ class SqlSink(ABC):
         self._seen.clear()
         self._engine = self.make_engine()
         with self._translated():
-            async with self._engine.begin() as conn:
-                await conn.run_sync(migrate)
+            await _bring_up_to_date(self._engine)
             async with self._engine.begin() as conn:
                 self._statements = self.statements(conn.dialect)
                 offset = await conn.scalar(
@@ -464,13 +468,43 @@ async def whole(work: Coroutine[object, object, T]) -> T:
         raise
 
 
-def migrate(conn: sa.Connection) -> None:
-    """Bring the schema up to date."""
-    from alembic import command
+#: One migration at a time in a loop: Alembic keeps the one that runs in globals of its modules.
+_migrating: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+async def _bring_up_to_date(engine: AsyncEngine) -> None:
+    """Migrate where that is needed. Where it is not, no other store is waited for."""
+    async with engine.begin() as conn:
+        if await conn.run_sync(_up_to_date):
+            return
+    lock = _migrating.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    async with engine.begin() as conn, lock:
+        await conn.run_sync(migrate)
+
+
+def _alembic() -> Config:
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    return config
+
+
+def _up_to_date(conn: sa.Connection) -> bool:
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    has = MigrationContext.configure(conn, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    return has == ScriptDirectory.from_config(_alembic()).get_current_head()
+
+
+def migrate(conn: sa.Connection) -> None:
+    """Bring the schema up to date; never two at a time in one process."""
+    from alembic import command
+
+    config = _alembic()
     config.attributes["connection"] = conn
     command.upgrade(config, "head")
 
