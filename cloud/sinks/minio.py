@@ -183,7 +183,7 @@ class Bucket:
         """Asks the store; what it does not answer for want of a permission is None. Raises as `prepare` does."""
         bucket, client = self._settings.bucket, self._client
         versioning = self._asked(lambda: client.get_bucket_versioning(bucket).status == "Enabled")
-        locked = self._asked(lambda: client.get_object_lock_config(bucket) is not None)
+        locked = self._asked(self._locked)
         encrypted = self._asked(lambda: client.get_bucket_encryption(bucket) is not None)
         return Capabilities(self._conditional_put(), versioning, locked, encrypted, None)
 
@@ -199,6 +199,14 @@ class Bucket:
                 if err.code in _CREDENTIALS and err.code != "AccessDenied":
                     raise
                 return None
+            except ValueError:  # answered, in a form that the client does not read
+                return None
+
+    def _locked(self) -> bool:
+        # Only a bucket with a lock has a configuration of it; the client cannot read one whose rule is empty.
+        with contextlib.suppress(ValueError):
+            self._client.get_object_lock_config(self._settings.bucket)
+        return True
 
     def _conditional_put(self) -> bool:
         """Whether a second PUT of one name with `If-None-Match: *` is refused."""
@@ -228,6 +236,8 @@ class Bucket:
             except S3Error as err:
                 if err.code in _CREDENTIALS and err.code != "AccessDenied":
                     raise
+                return None
+            except ValueError:  # rules that the client does not read would be lost if ours were set
                 return None
         for rules in _wanted_rules(versioned=bool(found.versioning)):
             if _in_force(current, rules):
