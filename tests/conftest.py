@@ -1,6 +1,6 @@
 """Fixtures that many tests share: real servers.
 
-Two kinds. `influxdb_server`, `mariadb_server`, `minio_server`, `mosquitto_server`, `nats_server` live as long
+Two kinds. `influxdb_server`, `mariadb_server`, `mosquitto_server`, `nats_server`, `s3_server` live as long
 as the test session and are shared: use names of your own in them (a bucket, a database, a tenant), never kill
 them. `start` is a function that starts one for this test alone, to be configured, killed and restarted at
 will: `broker = start(run.mosquitto(persistence=True))`. A server that is not on the machine fails the test
@@ -40,12 +40,6 @@ def mariadb_server() -> Iterator[run.MariaDb]:
 
 
 @pytest.fixture(scope="session")
-def minio_server() -> Iterator[run.Minio]:
-    with _or_fail(), contextlib.ExitStack() as stack:
-        yield run.minio_elsewhere() or stack.enter_context(run.minio())
-
-
-@pytest.fixture(scope="session")
 def mosquitto_server() -> Iterator[run.Mosquitto]:
     with _or_fail(), contextlib.ExitStack() as stack:
         yield run.mosquitto_elsewhere() or stack.enter_context(run.mosquitto())
@@ -55,6 +49,13 @@ def mosquitto_server() -> Iterator[run.Mosquitto]:
 def nats_server() -> Iterator[run.Nats]:
     with _or_fail(), contextlib.ExitStack() as stack:
         yield run.nats_elsewhere() or stack.enter_context(run.nats())
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[run.S3]:
+    """MinIO, or versitygw where that cannot be had: see its `product`."""
+    with _or_fail(), contextlib.ExitStack() as stack:
+        yield run.s3_elsewhere() or stack.enter_context(run.s3())
 
 
 @pytest.fixture

@@ -110,12 +110,12 @@ async def test_mariadb_keeps_a_committed_row_across_a_kill(start: run.Starter) -
     assert await ask("SELECT n FROM kept") == ((7,),)
 
 
-def test_minio_stores_and_gives_back_an_object(minio_server: run.Minio, tmp_path: Path) -> None:
+def test_minio_stores_and_gives_back_an_object(s3_server: run.S3, tmp_path: Path) -> None:
     client = MinioClient(
-        minio_server.endpoint,
-        access_key=minio_server.access_key,
-        secret_key=minio_server.secret_key,
-        secure=minio_server.secure,
+        s3_server.endpoint,
+        access_key=s3_server.access_key,
+        secret_key=s3_server.secret_key,
+        secure=s3_server.secure,
     )
     bucket = f"test-servers-{os.getpid()}"
     client.make_bucket(bucket)
@@ -302,7 +302,7 @@ def test_where_docker_answers_its_image_is_run_with_the_same_arguments_and_no_se
     monkeypatch.setattr(locate, "SYSTEM_FOLDERS", ())
     locate.docker_answers.cache_clear()
     try:
-        with pytest.raises(ServerFailed, match="ended with status 1"), run.minio() as server:
+        with pytest.raises(ServerFailed, match="ended with status 1"), run.s3() as server:
             pytest.fail(f"the stand-in runs nothing, yet {server} is ready")
     finally:
         locate.docker_answers.cache_clear()

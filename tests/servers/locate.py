@@ -2,11 +2,13 @@
 
 Rules: an address given by the user wins, then a program that is here (the environment's bin folder, our
 cache, PATH), then Docker where a daemon answers and already holds the image. Nothing found raises
-`ServerMissing` with the line that a person must type; a caller never skips.
+`ServerMissing` with the line that a person must type; a caller never skips. Where a server has a stand-in
+(versitygw for MinIO), that is looked for last, in the same places; the found program says which it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -117,7 +119,19 @@ def _docker_holds(image: str) -> bool:
 
 
 def find(server: Server) -> Program:
-    """The program of `server`, or `ServerMissing`."""
+    """The program of `server`, else of its stand-in, else `ServerMissing`."""
+    try:
+        return find_itself(server)
+    except ServerMissing:
+        if server.stand_in is None:
+            raise
+        with contextlib.suppress(ServerMissing):
+            return find_itself(server.stand_in)
+        raise
+
+
+def find_itself(server: Server) -> Program:
+    """The program of `server` and no other, or `ServerMissing`."""
     unusable: list[str] = []
     candidates: list[tuple[str, Path | None]] = [
         ("this environment", Path(sys.executable).parent / server.binary),

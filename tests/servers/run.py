@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from tests.servers.catalogue import INFLUXDB, MARIADB, MINIO, MOSQUITTO, NATS, Server
+from tests.servers.catalogue import INFLUXDB, MARIADB, MINIO, MOSQUITTO, NATS, VERSITYGW, Server
 from tests.servers.locate import Program, address, find
 from tests.servers.process import (
     HOST,
@@ -91,9 +91,10 @@ class MariaDb:
 
 
 @dataclass(frozen=True, slots=True)
-class Minio:
-    """An S3 store."""
+class S3:
+    """An S3 store: MinIO, or versitygw in its stead, which knows no lifecycle and no bucket encryption."""
 
+    product: Literal["minio", "versitygw"]
     host: str
     port: int
     access_key: str
@@ -358,40 +359,88 @@ def mariadb(*, extra: Sequence[str] = (), port: int | None = None) -> Iterator[M
             )
 
 
-# -------------------------------------------------------------------------------------------- MinIO
+# ----------------------------------------------------------------------------------------------- S3
+
+
+def _minio(program: Program, folder: Path, port: int, access_key: str, secret_key: str) -> ServerProcess:
+    return ServerProcess(
+        program=program,
+        binary=program.server.binary,
+        arguments=(
+            "server",
+            "--address",
+            f"{HOST}:{port}",
+            "--certs-dir",
+            f"{folder}/certs",
+            f"{folder}/data",
+        ),
+        folder=folder,
+        ready=_ok(f"http://{HOST}:{port}/minio/health/live"),
+        environment={
+            "MINIO_ROOT_USER": access_key,
+            "MINIO_ROOT_PASSWORD": secret_key,
+            "MINIO_BROWSER": "off",
+            "MINIO_UPDATE": "off",
+        },
+    )
+
+
+def _keeps_attributes(folder: Path) -> bool:
+    """Whether the file system keeps extended attributes of a user (ext4 and xfs do, tmpfs since Linux 6.6)."""
+    probe = folder / "probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.headgate", b"1")
+    except OSError:
+        return False
+    finally:
+        probe.unlink()
+    return True
+
+
+def _versitygw(program: Program, folder: Path, port: int, access_key: str, secret_key: str) -> ServerProcess:
+    (folder / "versions").mkdir()
+    beside: tuple[str, ...] = ()
+    if not _keeps_attributes(folder):
+        # Files beside the objects are its other way. It writes them before the object, so a kill between the two
+        # leaves an ETag without its object, and `If-None-Match: *` is refused for ever (1.8.0,
+        # backend/posix/posix.go, checkPutPreconditions). An attribute comes and goes with its object.
+        (folder / "sidecar").mkdir()
+        beside = ("--sidecar", f"{folder}/sidecar")
+    return ServerProcess(
+        program=program,
+        binary=program.server.binary,
+        arguments=(
+            "--port",
+            f"{HOST}:{port}",
+            "--health",
+            "/healthz",
+            "--quiet",
+            "posix",
+            "--versioning-dir",
+            f"{folder}/versions",
+            *beside,
+            f"{folder}/data",
+        ),
+        folder=folder,
+        ready=_ok(f"http://{HOST}:{port}/healthz"),
+        environment={"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key},
+    )
 
 
 @contextlib.contextmanager
-def minio(*, environment: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[Minio]:
-    """A MinIO on one folder. `environment` are further variables of its own."""
+def s3(*, port: int | None = None) -> Iterator[S3]:
+    """An S3 store on one folder: MinIO where it is to be had, else versitygw; `product` says which."""
     program = find(MINIO)
     port = port or free_port()
     access_key, secret_key = "headgate", secrets.token_hex(16)
-    with _folder(MINIO) as folder:
+    stands_in = program.server is VERSITYGW
+    with _folder(program.server) as folder:
         (folder / "data").mkdir()
-        process = ServerProcess(
-            program=program,
-            binary=program.server.binary,
-            arguments=(
-                "server",
-                "--address",
-                f"{HOST}:{port}",
-                "--certs-dir",
-                f"{folder}/certs",
-                f"{folder}/data",
-            ),
-            folder=folder,
-            ready=_ok(f"http://{HOST}:{port}/minio/health/live"),
-            environment={
-                "MINIO_ROOT_USER": access_key,
-                "MINIO_ROOT_PASSWORD": secret_key,
-                "MINIO_BROWSER": "off",
-                "MINIO_UPDATE": "off",
-                **(environment or {}),
-            },
-        )
+        process = (_versitygw if stands_in else _minio)(program, folder, port, access_key, secret_key)
         with _started(process):
-            yield Minio(
+            yield S3(
+                product="versitygw" if stands_in else "minio",
                 host=HOST,
                 port=port,
                 access_key=access_key,
@@ -548,12 +597,26 @@ def mariadb_elsewhere() -> MariaDb | None:
     )
 
 
-def minio_elsewhere() -> Minio | None:
+def _product_elsewhere(url: urllib.parse.SplitResult) -> Literal["minio", "versitygw"]:
+    """By how it names itself; a store that names itself otherwise, or does not answer, is held to MinIO's measure."""
+    request = urllib.request.Request(f"{url.scheme}://{url.hostname}:{url.port}/")
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
+            named = answer.headers.get("Server", "")
+    except urllib.error.HTTPError as refused:  # as it should, for want of a signature
+        named = refused.headers.get("Server", "")
+    except OSError:
+        named = ""
+    return "versitygw" if named.lower() == "versitygw" else "minio"
+
+
+def s3_elsewhere() -> S3 | None:
     url = _elsewhere(MINIO, "http://access_key:secret_key@host:port")
     if url is None:
         return None
     access_key, secret_key = _user_and_password(url)
-    return Minio(
+    return S3(
+        product=_product_elsewhere(url),
         host=url.hostname or HOST,
         port=url.port or 0,
         access_key=access_key,

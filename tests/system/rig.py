@@ -1,8 +1,8 @@
 """The whole system on real servers, for tests that kill parts of it.
 
 One agent with simulated devices, one broker without persistence (or the HTTPS door), one cloud with all four sinks on
-InfluxDB, MariaDB, MinIO and the embedded stores. Each part can be killed and started again. The account at the end is
-drawn from each store by its own interface.
+InfluxDB, MariaDB, an S3 store and the embedded stores. Each part can be killed and started again. The account at the
+end is drawn from each store by its own interface.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Rig:
     children: dict[str, Child] = field(default_factory=dict)
     influx: run.InfluxDb | None = None
     maria: run.MariaDb | None = None
-    minio: run.Minio | None = None
+    s3: run.S3 | None = None
 
     def secret(self, name: str, text: str = "") -> Path:
         path = self.folder / name
@@ -192,11 +192,11 @@ class Rig:
         return rows, rows - distinct
 
     def archive(self) -> tuple[int, int]:
-        assert self.minio is not None
+        assert self.s3 is not None
         options = {
-            "AWS_ENDPOINT_URL": self.minio.url,
-            "AWS_ACCESS_KEY_ID": self.minio.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.minio.secret_key,
+            "AWS_ENDPOINT_URL": self.s3.url,
+            "AWS_ACCESS_KEY_ID": self.s3.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.s3.secret_key,
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
         }
@@ -249,11 +249,11 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
             rig.servers["broker"] = broker.process
         rig.influx = stack.enter_context(run.influxdb())
         rig.maria = stack.enter_context(run.mariadb())
-        rig.minio = stack.enter_context(run.minio())
+        rig.s3 = stack.enter_context(run.s3())
         rig.servers |= {
             "influxdb": rig.influx.process,
             "mariadb": rig.maria.process,
-            "minio": rig.minio.process,
+            "s3": rig.s3.process,
         }
         port = free_port()
         ca = trustme.CA()
@@ -271,9 +271,9 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
             f'[server]\ndata_dir = "{folder}/cloud"\nport = {port}\n'
             f'tls_cert_file = "{folder}/cert.pem"\ntls_key_file = "{folder}/key.pem"\n{door}'
             f'[[gateway]]\ntenant = "chaos"\nname = "plant-1"\ntoken_file = "{token}"\n'
-            f'[archive]\nendpoint = "{rig.minio.url}"\nbucket = "{rig.bucket}"\ncommit_interval_s = 2.0\n'
-            f'access_key_file = "{rig.secret("s3.key", rig.minio.access_key)}"\n'
-            f'secret_key_file = "{rig.secret("s3.secret", rig.minio.secret_key)}"\n'
+            f'[archive]\nendpoint = "{rig.s3.url}"\nbucket = "{rig.bucket}"\ncommit_interval_s = 2.0\n'
+            f'access_key_file = "{rig.secret("s3.key", rig.s3.access_key)}"\n'
+            f'secret_key_file = "{rig.secret("s3.secret", rig.s3.secret_key)}"\n'
             f'[influxdb]\nurl = "{rig.influx.url}"\norg = "{rig.influx.org}"\nbucket = "{rig.bucket}"\n'
             f'token_file = "{rig.secret("influx.token", rig.influx.token)}"\n'
             f'[mysql]\nhost = "127.0.0.1"\nport = {rig.maria.port}\nuser = "{rig.maria.user}"\n'
