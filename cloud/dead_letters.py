@@ -5,8 +5,8 @@ Rules:
 2. A letter's identity is (sink, gateway, epoch, first..last, points): adding it again changes its reason only.
 3. A letter decodes alone: it holds a sealed batch of its own (frame, layout, clock rows), or, where the body itself
    cannot be read, the whole batch as it came.
-4. The file is bounded in letters and bytes. Above that the oldest go, and each is counted by sink and gateway in a
-   table that is never trimmed: `state().dropped` is an alarm, never zero by accident.
+4. The file is bounded in letters and bytes. Above that the oldest of the most frequent refusal go, and each is counted
+   by sink and gateway in a table that is never trimmed: `state().dropped` is an alarm, never zero by accident.
 5. Replaying is the sink runner's work; a letter leaves only once the sink has taken it, or by `drop`.
 """
 
@@ -268,9 +268,16 @@ class DeadLetters:
             letters, size = _size(db)
             if letters <= self._max_letters and size <= self._max_bytes:
                 return
-            excess = max(1, letters - self._max_letters)
+            by, excess = ("count(*)", letters - self._max_letters)
+            if excess <= 0:
+                by, excess = "sum(size_bytes)", 1
+            # From the largest heap: a flood of one kind must not wash out the few of another.
+            heap = db.execute(
+                f"SELECT sink, reason FROM letters GROUP BY sink, reason ORDER BY {by} DESC, max(id) LIMIT 1"  # noqa: S608 - a constant
+            ).fetchone()
             oldest = db.execute(
-                "SELECT id, sink, gateway, readings FROM letters ORDER BY id LIMIT ?", (excess,)
+                "SELECT id, sink, gateway, readings FROM letters WHERE sink = ? AND reason = ? ORDER BY id LIMIT ?",
+                (*heap, excess),
             ).fetchall()
             for _, sink, gateway, readings in oldest:
                 db.execute(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, cast
 
 import msgspec
@@ -99,13 +99,11 @@ class Decoder:
         return known
 
 
-def frames_of(stored: Stored, wanted: Iterable[int]) -> tuple[Body, dict[int, bytes]]:
-    """The encoded frames of these seqs, and the body they stand in: what a dead letter keeps. Raises `WireError`."""
-    head, body = open_body(stored.payload)
-    count = len(body.frames)
-    return body, {
-        seq: bytes(body.frames[seq - head.first]) for seq in wanted if 0 <= seq - head.first < count
-    }
+def frame_of(stored: Stored, body: Body, seq: int) -> bytes:
+    """The encoded frame with this seq. Raises `WireError`."""
+    if not 0 <= seq - stored.first < len(body.frames):
+        raise WireError("frame", f"the batch has no frame {seq}")
+    return bytes(body.frames[seq - stored.first])
 
 
 def alone(decoder: Decoder, stored: Stored, body: Body, frame: bytes, record: Record) -> Stored:

@@ -9,7 +9,7 @@ Rules:
 3. `RetryLater` means the same call again, after what the store asks for or full-jitter backoff, for ever.
    `SinkRefused` means bisection: one poison record among n is isolated within 2·log2(n)+1 tries, the rest goes on.
    `SinkBroken` stops this sink, says so, and opens it anew every minute.
-4. Memory is bounded by the sink's `max_bytes` of batches and `MAX_READINGS` decoded, however slow the sink.
+4. Memory is bounded by the sink's `max_bytes` of batches and by the readings decoded at once, however slow the sink.
 5. One runner never waits for another; a sink's calls never overlap.
 """
 
@@ -26,7 +26,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 import msgspec
 
 from cloud.dead_letters import DeadLetters, DeadLettersError, NewLetter
-from cloud.decode import Decoder, Poison, alone, frames_of, readings_in
+from cloud.decode import Decoder, Poison, alone, frame_of, readings_in
 from cloud.journal.contract import EntryDamaged, Journal, JournalError, Stored
 from cloud.sinks.contract import (
     GapRecord,
@@ -41,12 +41,13 @@ from cloud.sinks.contract import (
     SinkRefused,
     StoreChanged,
 )
-from sync.wire import Layout, WireError, layout_id, open_head
+from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head
 
 log = logging.getLogger(__name__)
 
-MAX_READINGS: Final = 200_000  #: decoded in one call, about 30 MB of objects
-MAX_PIECE_BYTES: Final = 1024 * 1024  #: of an uncompressed body, decoded at once
+MAX_READINGS: Final = 200_000  #: decoded in one call, about 10 MB of objects
+LINGER_READINGS: Final = 1_000_000  #: the same for a sink that waits for company: its calls are few and large
+MAX_PIECE_BYTES: Final = 256 * 1024  #: of an uncompressed body, decoded at once
 MAX_ENTRIES: Final = 4_096  #: batches in hand at once
 WAIT_S: Final = 1.0  #: how long one look at an idle journal lasts; bounds how late a drain is noticed
 RETRY_BASE_S: Final = 0.5
@@ -109,6 +110,19 @@ class _Part(msgspec.Struct):
     upto: int
 
 
+class _Opened:
+    """The body of the entry that letters were last made from: refusals come in heaps from one batch."""
+
+    def __init__(self) -> None:
+        self._of: tuple[int, Body] | None = None
+
+    def body(self, entry: Stored) -> Body:
+        """Raises `WireError`."""
+        if self._of is None or self._of[0] != entry.offset:
+            self._of = (entry.offset, open_body(entry.payload)[1])
+        return self._of[1]
+
+
 class _NotTaken(SinkRefused):
     """A sink failed in a way that its contract does not know; told apart so that a broken sink does not empty the
     journal into the dead letters."""
@@ -141,7 +155,9 @@ class SinkRunner:
         self._retry_cap_s = retry_cap_s
         self._broken_retry_s = broken_retry_s
         self._maintain_s = maintain_s
+        self._max_readings = LINGER_READINGS if sink.linger_s > 0 else MAX_READINGS
         self._decoder = Decoder()
+        self._opened = _Opened()
         self._reduced: dict[tuple[int, tuple[int, ...]], tuple[Layout, int]] = {}
         self._turn = asyncio.Lock()  # a sink's calls never overlap
         self._draining = asyncio.Event()
@@ -283,13 +299,14 @@ class SinkRunner:
 
     async def _gather(self) -> list[Stored]:
         """The next entries, as many as one call takes; none where the journal is idle for a moment."""
-        try:
-            entries = await self._journal.read(
-                self._position, max_entries=MAX_ENTRIES, max_bytes=self.sink.max_bytes
-            )
-        except EntryDamaged as err:
-            await self._pass_damaged(err)
-            return []
+        while True:
+            try:
+                entries = await self._journal.read(
+                    self._position, max_entries=MAX_ENTRIES, max_bytes=self.sink.max_bytes
+                )
+                break
+            except EntryDamaged as err:
+                await self._pass_damaged(err)
         if not entries:
             self._oldest_ns = None
             if not self._draining.is_set():
@@ -305,7 +322,7 @@ class SinkRunner:
         give_up_at = time.monotonic() + self.sink.linger_s
         size = sum(len(entry.payload) for entry in entries)
         readings = sum(entry.readings for entry in entries)
-        while not self._draining.is_set() and size < self.sink.max_bytes and readings < MAX_READINGS:
+        while not self._draining.is_set() and size < self.sink.max_bytes and readings < self._max_readings:
             waited_s = (self._clock_ns() - entries[0].received_at_ns) / 1e9
             rest_s = min(self.sink.linger_s - waited_s, give_up_at - time.monotonic())
             if rest_s <= 0 or len(entries) >= MAX_ENTRIES:
@@ -332,7 +349,7 @@ class SinkRunner:
                 readings = sum(map(readings_in, decoded.records))
                 full = (
                     len(part.records) + len(decoded.records) > self.sink.max_records
-                    or part.readings + readings > MAX_READINGS
+                    or part.readings + readings > self._max_readings
                     or (self._fence is not None and part.upto <= self._fence < entry.offset)
                 )
                 if full and part.sources:
@@ -355,7 +372,7 @@ class SinkRunner:
             part.readings += len(record.values)
             guard = self._guard
             if guard is not None and (refused := await guard.refused(record)):
-                part.letters.append(self._letter(entry, record, guard.reason, refused))
+                part.letters.append(self._letter(self._opened, entry, record, guard.reason, refused))
                 part.refused_readings += len(refused)
                 kept = tuple(i for i in range(len(record.values)) if i not in set(refused))
                 if kept:
@@ -401,10 +418,13 @@ class SinkRunner:
             if origin is not None:
                 points = tuple(origin[i] for i in points or range(len(origin)))
             lost += len(points) or readings_in(record)
-            letters.append(self._letter(part.sources[record.offset], record, rejection.reason, points))
+            letters.append(
+                self._letter(self._opened, part.sources[record.offset], record, rejection.reason, points)
+            )
         while letters:
             try:
                 await self._dead_letters.add(letters)
+                self._up()
                 break
             except DeadLettersError as err:
                 await self._back_off(err)
@@ -475,11 +495,13 @@ class SinkRunner:
                     self._failures = 0
                 return settled
 
-    def _letter(self, entry: Stored, record: Record, reason: str, points: Sequence[int] = ()) -> NewLetter:
+    def _letter(
+        self, opened: _Opened, entry: Stored, record: Record, reason: str, points: Sequence[int] = ()
+    ) -> NewLetter:
         readings = len(points) or readings_in(record)
         try:
-            body, frames = frames_of(entry, (record.seq,))
-            kept = alone(self._decoder, entry, body, frames[record.seq], record)
+            body = opened.body(entry)
+            kept = alone(self._decoder, entry, body, frame_of(entry, body, record.seq), record)
         except WireError as err:  # it decoded a moment ago; keep the whole batch rather than nothing
             log.error("frame %d of offset %d cannot be kept alone: %s", record.seq, entry.offset, err)
             kept = msgspec.structs.replace(entry, fresh=((record.seq, record.seq),))

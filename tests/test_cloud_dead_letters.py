@@ -143,6 +143,19 @@ async def test_above_its_bounds_the_oldest_go_and_are_counted_for_ever(tmp_path:
     await small.close()
 
 
+async def test_a_flood_of_one_kind_does_not_wash_out_the_others(tmp_path: Path) -> None:
+    small = DeadLetters(tmp_path / "letters.db", max_letters=10)
+    await small.open()
+    await small.add([letter(1, "a rare one"), letter(2, "older than retention", sink="influxdb")])
+    for start in range(100, 200, 20):
+        await small.add([letter(n, "older than retention") for n in range(start, start + 20)])
+    found = await small.letters()
+    assert [(x.sink, x.first) for x in found[:2]] == [("mysql", 1), ("influxdb", 2)]
+    assert [x.first for x in found[2:]] == list(range(192, 200))
+    assert (await small.state()).dropped == 92
+    await small.close()
+
+
 def test_what_was_added_survives_a_kill(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import asyncio, os

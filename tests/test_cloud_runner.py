@@ -562,7 +562,7 @@ async def test_a_body_that_is_large_is_decoded_piece_by_piece(here: Fixture) -> 
             )
         )
     assert len(here.sink.seqs()) == 902
-    assert max(len(seqs) for seqs, _ in here.sink.calls) <= 256
+    assert max(len(seqs) for seqs, _ in here.sink.calls) <= 64
     assert [offset for _, offset in here.sink.calls][-1] == 2
 
 

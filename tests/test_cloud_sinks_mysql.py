@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -19,7 +21,11 @@ import trustme
 from asyncmy.cursors import RE_INSERT_VALUES
 from sqlalchemy.dialects.mysql.asyncmy import dialect as asyncmy_dialect
 
+from cloud.dead_letters import DeadLetters
+from cloud.journal.sqlite import SqliteJournal
+from cloud.runner import SinkRunner
 from cloud.sinks.contract import Record, Rejection, RetryLater, SinkBroken, SinkRefused, StoreChanged
+from cloud.sinks.embedded import EmbeddedSink
 from cloud.sinks.mysql import DAYS_AHEAD, MAX_DAYS, MySqlSink, mysql_registry
 from config.cloud import MySQL
 from drivers.contract import Reason
@@ -39,6 +45,7 @@ from tests.sink_conformance import (
     scan,
     some,
 )
+from tests.test_cloud_runner import batch
 
 AUDIT = """
 SELECT concat(g.tenant, '/', g.name), d.name, p.name, r.taken_at_ns,
@@ -147,11 +154,11 @@ async def test_a_batch_is_one_insert_however_many_rows_it_has(store: Database, g
     await sink.open()
     at_ns = now_ns()
     of = layout(*((f"p{i}", "u16", "") for i in range(32)))
-    for batch in range(3):
-        first = batch * 60 + 1
+    for number in range(3):
+        first = number * 60 + 1
         records = [scan(n, range(32), at_ns=at_ns + n * S, of=of) for n in range(first, first + 60)]
         before = general_log.stat().st_size
-        await sink.write(records, batch + 1)
+        await sink.write(records, number + 1)
         (only,) = inserts_after(general_log, before)
         assert only.count("),(") == 60 * 32 - 1
         assert "ON DUPLICATE KEY UPDATE" in only
@@ -360,9 +367,9 @@ async def test_killed_in_the_middle_nothing_is_lost_and_nothing_doubled(store: D
     at_ns = now_ns()
     written = 0
     for kill in range(3):
-        for batch in range(4):
+        for number in range(4):
             records = some(40, at_ns=at_ns, first=written + 1)
-            if batch == 2:
+            if number == 2:
                 pending = asyncio.create_task(sink.write(records, written + 40))
                 await asyncio.sleep(0.002 * kill)  # anywhere within the call
                 store.stop()
@@ -452,3 +459,54 @@ async def test_a_server_that_answers_no_more_asks_for_patience(
     await _patiently(sink, some(1, at_ns=now_ns()), 1)
     await sink.close()
     assert len(await store.readings()) == 3
+
+
+async def test_a_database_killed_under_load_delays_itself_only_and_catches_up_whole(
+    store: Database, tmp_path: Path
+) -> None:
+    journal, letters = SqliteJournal(tmp_path / "journal.db"), DeadLetters(tmp_path / "letters.db")
+    await journal.open()
+    await letters.open()
+    slow = SinkRunner(store.sink(retention_days=0.0), journal, letters, retry_base_s=0.05, retry_cap_s=0.5)
+    quick = SinkRunner(EmbeddedSink(tmp_path, retention_days=0.0), journal, letters)
+    tasks = [asyncio.create_task(runner.run()) for runner in (slow, quick)]
+    first = 1
+
+    async def load(batches: int) -> None:
+        nonlocal first
+        for _ in range(batches):
+            await journal.append([batch(first, 20)])
+            first += 20
+            await asyncio.sleep(0.002)
+
+    async def reached(sink: str) -> None:
+        deadline = time.monotonic() + 40
+        last = (await journal.state()).last_offset
+        while await journal.cursor(sink) < last:
+            assert time.monotonic() < deadline, sink
+            await asyncio.sleep(0.01)
+
+    await load(10)
+    await reached("mysql")
+    for kill in range(2):
+        loading = asyncio.create_task(load(60))
+        await asyncio.sleep(0.03 * (kill + 1))
+        store.stop()
+        await loading
+        await reached("embedded")
+        down = await slow.state()
+        assert (down.word, (await quick.state()).word) == ("retrying", "running")
+        assert down.lag_s > 0
+        store.start()
+        await reached("mysql")
+        assert (await slow.state()).word == "running"
+    for runner in (slow, quick):
+        assert await runner.drain(20.0)
+    await asyncio.gather(*tasks)
+    assert (await letters.state()).letters == 0
+    await letters.close()
+    await journal.close()
+    (count,) = await store.rows("SELECT count(*), count(DISTINCT seq), max(seq) FROM readings")
+    assert count == ((first - 1) * 3, first - 1, first - 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "readings.sqlite")) as db:
+        assert db.execute("SELECT count(*), count(DISTINCT seq), max(seq) FROM readings").fetchone() == count

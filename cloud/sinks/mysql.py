@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import ssl
 import time
 from bisect import bisect_left, bisect_right
@@ -264,8 +265,14 @@ def _less(name: str, bound: int) -> str:
     return f"PARTITION {name} VALUES LESS THAN ({bound * DAY_NS})"
 
 
+def _not_alembics_key_name(record: logging.LogRecord) -> bool:
+    """MySQL calls every primary key PRIMARY, and warns that it ignores the name Alembic gives to its own."""
+    return "schema_version_pkc" not in record.getMessage()
+
+
 def mysql_engine(settings: MySQL, password: str) -> AsyncEngine:
     """An engine with pooling, strict mode and, but for loopback, verified TLS. Raises `SinkBroken`."""
+    logging.getLogger("asyncmy").addFilter(_not_alembics_key_name)  # adding it again changes nothing
     url = sa.URL.create(
         "mysql+asyncmy", settings.user, password, settings.host, settings.port, settings.database,
         query={"charset": "utf8mb4"},
