@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,7 +25,9 @@ from nats.aio.client import Client as NatsClient
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from tests.servers import __main__ as servers_command
 from tests.servers import catalogue, install, locate, run
+from tests.servers.__main__ import main as servers_main
 from tests.servers.process import ElsewhereError, ServerFailed, free_port, port_open, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,13 +113,18 @@ async def test_mariadb_keeps_a_committed_row_across_a_kill(start: run.Starter) -
     assert await ask("SELECT n FROM kept") == ((7,),)
 
 
-def test_minio_stores_and_gives_back_an_object(s3_server: run.S3, tmp_path: Path) -> None:
-    client = MinioClient(
-        s3_server.endpoint,
-        access_key=s3_server.access_key,
-        secret_key=s3_server.secret_key,
-        secure=s3_server.secure,
+def s3_client(server: run.S3) -> MinioClient:
+    return MinioClient(
+        server.endpoint,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        secure=server.secure,
+        region="us-east-1",
     )
+
+
+def test_the_s3_store_stores_and_gives_back_an_object(s3_server: run.S3, tmp_path: Path) -> None:
+    client = s3_client(s3_server)
     bucket = f"test-servers-{os.getpid()}"
     client.make_bucket(bucket)
     source, back = tmp_path / "source", tmp_path / "back"
@@ -124,6 +132,61 @@ def test_minio_stores_and_gives_back_an_object(s3_server: run.S3, tmp_path: Path
     client.fput_object(bucket, "object", str(source))
     client.fget_object(bucket, "object", str(back))
     assert back.read_bytes() == source.read_bytes()
+
+
+def test_the_s3_store_says_which_product_it_is(s3_server: run.S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as what was started, once by what it answers at the address of a server of one's own."""
+    user = f"{s3_server.access_key}:{s3_server.secret_key}"
+    monkeypatch.setenv("HEADGATE_TEST_MINIO", s3_server.url.replace("://", f"://{user}@"))
+    elsewhere = run.s3_elsewhere()
+    assert elsewhere is not None
+    assert elsewhere.product == s3_server.product
+
+
+def put_if_absent(client: MinioClient, bucket: str, name: str) -> int:
+    address = client.get_presigned_url("PUT", bucket, name)
+    request = urllib.request.Request(address, data=b"x" * 4096, headers={"If-None-Match": "*"}, method="PUT")
+    try:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    except OSError:
+        return 0
+
+
+def test_the_s3_store_keeps_through_kills_what_it_answered_and_holds_no_name_for_what_it_did_not(
+    start: run.Starter,
+) -> None:
+    """The sink's exactly-once stands on both: Delta's log is one conditional PUT after the other."""
+    server = start(run.s3())
+    client = s3_client(server)
+    client.make_bucket("kills")
+    answers: dict[str, int] = {}
+    for round_ in range(6):
+        writing = threading.Event()
+
+        def write(round_: int = round_, writing: threading.Event = writing) -> None:
+            for n in range(1000):
+                name = f"{round_}/{n}"
+                answers[name] = put_if_absent(client, "kills", name)
+                writing.set()
+                if answers[name] == 0:
+                    return
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert writing.wait(DEADLINE_S)
+        server.process.kill()
+        writer.join(DEADLINE_S)
+        server.process.start()
+    there = {str(found.object_name) for found in client.list_objects("kills", recursive=True)}
+    assert {name for name, answer in answers.items() if answer == 200} <= there
+    assert set(answers.values()) == {200, 0}
+    for name, answer in answers.items():
+        if answer == 0:  # it is either there whole, or free to be written
+            assert put_if_absent(client, "kills", name) == (412 if name in there else 200)
+            assert client.stat_object("kills", name).size == 4096
 
 
 def post_influxdb(server: run.InfluxDb, line: bytes, *, token: str | None = None) -> int:
@@ -237,7 +300,7 @@ def test_ports_are_free_and_outside_the_range_of_outgoing_connections(free_port:
 # ------------------------------------------------------------------------------------------- finding
 
 
-@pytest.mark.parametrize("server", catalogue.ALL, ids=lambda server: server.name)
+@pytest.mark.parametrize("server", catalogue.KNOWN.values(), ids=lambda server: server.name)
 def test_a_missing_server_names_the_line_that_installs_it(
     server: catalogue.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -289,6 +352,23 @@ def test_the_cache_comes_before_the_path(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert locate.find(catalogue.INFLUXDB).origin == "PATH"
     cached = executable(locate.cached_path(catalogue.INFLUXDB), says)
     assert locate.find(catalogue.INFLUXDB).path == cached
+
+
+SAYS_MINIO = "echo 'minio version RELEASE.2025-10-15T17-29-55Z'"
+SAYS_VERSITYGW = "echo 'Version  : v1.8.0'"
+
+
+def test_a_stand_in_is_found_only_where_the_server_itself_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    executable(locate.cached_path(catalogue.VERSITYGW), SAYS_VERSITYGW)
+    assert locate.find(catalogue.MINIO).server is catalogue.VERSITYGW
+    with pytest.raises(locate.ServerMissing, match="minio"):
+        locate.find_itself(catalogue.MINIO)
+    executable(tmp_path / "bin" / "minio", SAYS_MINIO)
+    assert locate.find(catalogue.MINIO).server is catalogue.MINIO
 
 
 def test_where_docker_answers_its_image_is_run_with_the_same_arguments_and_no_secret(
@@ -355,6 +435,66 @@ def test_without_root_or_sudo_a_person_gets_the_line_to_type(
         install.InstallError, match="sudo apt-get install -y --no-install-recommends mosquitto"
     ):
         install._apt_install(("mosquitto",))
+
+
+def fake_go(folder: Path, *, builds: str, asked: Path) -> None:
+    """A Go that builds `builds` alone, and is refused the rest as by a module proxy; it writes down what was asked."""
+    executable(
+        folder / "go",
+        'case "$1" in version) echo go version go1.99.1 linux/amd64; exit;; esac\n'
+        f'for module; do :; done\necho "$module" >> {asked}\n'
+        f'case "$module" in *{builds}*) mkdir -p "$GOBIN"; printf \'#!/bin/sh\\n%s\\n\' '
+        f'"{SAYS_VERSITYGW}" > "$GOBIN/{builds}";;\n'
+        "*) echo 'server response: This module version is not available.'; exit 1;; esac",
+    )
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with no S3 store, no Docker, and a folder first on its PATH, which is returned."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HEADGATE_TEST_MINIO", raising=False)
+    monkeypatch.setattr(locate, "SYSTEM_FOLDERS", ())
+    monkeypatch.setattr(locate, "docker_answers", lambda: False)
+    monkeypatch.setattr(install, "docker_answers", lambda: False)
+    monkeypatch.setattr(install, "BUILD_DISK_BYTES", 0)
+    return tmp_path / "bin"
+
+
+def test_a_refused_build_is_said_the_stand_in_is_built_and_the_refusal_not_asked_for_again(
+    bare: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = tmp_path / "asked"
+    fake_go(bare, builds="versitygw", asked=asked)
+    assert servers_main(["versitygw", "mosquito"]) == 2
+    for _ in range(2):
+        program = install.ensure(catalogue.MINIO)
+        assert program is not None
+        assert program.server is catalogue.VERSITYGW
+    said = capfd.readouterr().out
+    assert "minio      cannot be had: minio: go install failed with status 1" in said
+    assert "server response: This module version is not available." in said
+    assert "versitygw stands in" in said
+    assert "-m tests.servers minio" in said
+    assert [line.rpartition("@")[0] for line in asked.read_text().splitlines()] == [
+        "github.com/minio/minio",
+        "github.com/versity/versitygw/cmd/versitygw",
+    ]
+    assert servers_main(["minio"]) == 1  # named, so it is tried again, and nothing taken in its stead
+    assert asked.read_text().count("minio@") == 2
+
+
+def test_where_neither_can_be_built_both_refusals_and_the_remedy_are_said(
+    bare: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_go(bare, builds="nothing-at-all", asked=tmp_path / "asked")
+    monkeypatch.setattr(servers_command, "ALL", (catalogue.MINIO,))
+    assert servers_main([]) == 1
+    said = capfd.readouterr().out
+    assert "minio: go install failed" in said
+    assert "versitygw in its stead: versitygw: go install failed" in said
+    assert "point HEADGATE_TEST_MINIO at one of your own" in said
 
 
 def test_a_failed_step_shows_the_end_of_its_output_and_leaves_no_build_folder(
