@@ -33,7 +33,6 @@ from cloud.intake import Intake
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
-from cloud.registry import SeriesGuard
 from cloud.runner import SinkRunner
 from cloud.sinks.contract import Sink
 from config.cloud import Cloud
@@ -70,6 +69,7 @@ class Services:
     dead_letters: DeadLetters
     runners: tuple[SinkRunner, ...]
     metrics: Metrics
+    on_close: contextlib.AsyncExitStack  #: closed after the doors and the sinks, before the journal
 
 
 class CloudServer:
@@ -104,12 +104,15 @@ class CloudServer:
             stack.push_async_callback(journal.close)
             await dead_letters.open()
             stack.push_async_callback(dead_letters.close)
+            # Only after what may refuse the start: it brings SQLAlchemy along.
+            from cloud.registry import SeriesGuard
+
             guard = SeriesGuard(data_dir / "series.db", per_hour=config.limits.new_series_per_hour)
             stack.push_async_callback(guard.close)
             runners = tuple(
                 SinkRunner(sink, journal, dead_letters, guard=guard) for sink in build_sinks(config, secrets)
             )
-            services = Services(config, secrets, journal, dead_letters, runners, self.metrics)
+            services = Services(config, secrets, journal, dead_letters, runners, self.metrics, stack)
             await self._serve(services)
 
     async def _serve(self, services: Services) -> None:

@@ -107,6 +107,12 @@ class Served:
         finally:
             db.close()
 
+    def memory_mb(self, which: str) -> float:
+        """VmRSS is now, VmHWM the peak (proc(5))."""
+        assert self.process is not None
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
+
     def uplink(self) -> HttpsUplink:
         settings = config.agent.Uplink(kind="https", host="127.0.0.1", port=self.port, tls=False, window=32)
         return HttpsUplink(NAME, settings, Secret(TOKEN))
@@ -181,17 +187,17 @@ async def test_readings_come_in_by_http_reach_the_sinks_and_sigterm_ends_it_with
 async def test_killed_again_and_again_nothing_acknowledged_is_lost_or_doubled(
     served: Callable[..., Served],
 ) -> None:
-    up = served().start()
+    up = served(extra="[archive]\nenabled = false").start()
     uplink = up.uplink()
     acked: list[int] = []
 
     async def stream(lane: int) -> None:
-        for n in range(lane, 120, 4):
+        for n in range(lane, 100, 4):
             await send(uplink, 1 + 3 * n)
             acked.append(n)
 
     lanes = [asyncio.create_task(stream(lane)) for lane in range(4)]
-    for wanted in (20, 50, 80):
+    for wanted in (20, 60):
         async with asyncio.timeout(60):
             while len(acked) < wanted:  # noqa: ASYNC110 - a counter
                 await asyncio.sleep(0.005)
@@ -200,7 +206,7 @@ async def test_killed_again_and_again_nothing_acknowledged_is_lost_or_doubled(
     await asyncio.gather(*lanes)
     await uplink.close()
     assert await asyncio.to_thread(up.end) == 0
-    assert up.readings() == all_of(360)
+    assert up.readings() == all_of(300)
 
 
 async def test_both_doors_feed_one_journal(
@@ -318,16 +324,15 @@ def test_a_sink_that_answers_nothing_costs_neither_memory_nor_the_doors(
                     Sealed(EPOCH, n, n, forged(noise, raw_bytes=len(noise), compression=0, first=n, last=n))
                 )
 
-            for start in range(1, 1601, 32):
-                await asyncio.gather(*(one(n) for n in range(start, start + 32)))
+            for start in range(1, 801, 40):
+                await asyncio.gather(*(one(n) for n in range(start, start + 40)))
             await uplink.close()
 
+        before_mb = up.memory_mb("VmRSS")
         asyncio.run(flood())
-        assert up.metrics()["headgate_journal_bytes"] > 300e6
-        assert up.process is not None
-        status = Path(f"/proc/{up.process.pid}/status").read_text()
-        peak_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-        assert peak_kb < 512 * 1024, f"{peak_kb // 1024} MB"
+        assert up.metrics()["headgate_journal_bytes"] > 155e6
+        assert up.memory_mb("VmHWM") < 512
+        assert up.memory_mb("VmHWM") - before_mb < 100
         [sink] = json.loads(up.ask("/readyz"))["sinks"]
         assert sink["name"] == "mysql"
         assert sink["state"] != "running"
