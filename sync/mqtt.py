@@ -263,17 +263,17 @@ class MqttUplink:
         return info.mid
 
     async def _answer(self, client: paho.Client, answer: asyncio.Future[Ack], key: Key) -> Ack:
-        while True:
+        """The ack, or `AckTimeout` once all has been on the other side for `ack_timeout_s`."""
+        quiet = 0
+        while quiet < _SLICES:
             try:
-                async with asyncio.timeout(self._settings.ack_timeout_s):
+                async with asyncio.timeout(self._settings.ack_timeout_s / _SLICES):
                     return await asyncio.shield(answer)
-            except TimeoutError as err:
+            except TimeoutError:
                 # A dead line ends this too: the keepalive closes it.
-                if client is self._client and (client.want_write() or self._unsent_bytes()):
-                    continue
-                raise AckTimeout(
-                    f"no ack for {key[1]}..{key[2]} within {self._settings.ack_timeout_s:g} s"
-                ) from err
+                under_way = client is self._client and (client.want_write() or self._unsent_bytes())
+                quiet = 0 if under_way else quiet + 1
+        raise AckTimeout(f"no ack for {key[1]}..{key[2]} within {self._settings.ack_timeout_s:g} s")
 
     def _unsent_bytes(self) -> int:
         """What the kernel holds and the other side has not yet received (tcp(7), SIOCOUTQ)."""
