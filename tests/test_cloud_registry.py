@@ -17,7 +17,7 @@ from cloud.registry import Key, Registry, SeriesGuard, metadata
 from cloud.sinks.contract import ScanRecord
 from cloud.sinks.embedded import EmbeddedSink, embedded_registry
 from cloud.sinks.mysql import MySqlSink, mysql_registry
-from cloud.sinks.sql import SqlSink, migrate
+from cloud.sinks.sql import SqlSink
 from config.cloud import MySQL
 from tests.servers import run
 from tests.sink_conformance import S, layout, now_ns, scan
@@ -195,9 +195,31 @@ async def test_a_migration_that_was_cut_short_is_finished_at_the_next_start(
         await conn.exec_driver_sql("DROP TABLE gaps")
         await conn.exec_driver_sql("DROP TABLE cursors")
         await conn.exec_driver_sql("DELETE FROM schema_version")
-        await conn.run_sync(migrate)
     assert await sink.open() == 0
     assert (await sink.write([scan(1, (1.0, 2.0, 3), at_ns=now_ns())], 1)).rejected == ()
+
+
+async def test_stores_that_open_at_the_same_moment_do_not_mix_their_migrations(
+    mariadb_server: run.MariaDb, tmp_path: Path
+) -> None:
+    settings = MySQL(
+        host=mariadb_server.host, port=mariadb_server.port, user=mariadb_server.user, password_env="UNUSED",
+        database=mariadb_server.database,
+    )  # fmt: skip
+    admin = mysql_registry(settings, mariadb_server.password)
+    names = [f"headgate_registry_{next(_numbers)}" for _ in range(3)]
+    async with admin.engine.begin() as conn:
+        for name in names:
+            await conn.exec_driver_sql(f"CREATE DATABASE {name}")
+    await admin.close()
+    sinks: list[SqlSink] = [
+        MySqlSink(msgspec.structs.replace(settings, database=name), mariadb_server.password) for name in names
+    ]
+    sinks[1:1] = [EmbeddedSink(tmp_path / str(n)) for n in range(3)]
+    assert await asyncio.gather(*(sink.open() for sink in sinks)) == [0] * 6
+    for sink in sinks:
+        assert (await sink.write([scan(1, (1.0, 2.0, 3), at_ns=now_ns())], 1)).rejected == ()
+        await sink.close()
 
 
 # --- new series ---
