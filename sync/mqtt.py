@@ -48,6 +48,10 @@ _EARLY_ACKS: Final = (
     64  #: acks that came after their send had timed out; the next send of the batch is answered by them
 )
 
+_SLICES: Final = (
+    4  #: of the ack timeout: how often a waiting send looks whether its bytes are still on their way
+)
+
 # MQTT 5 reason codes (OASIS MQTT 5.0, 2.4)
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
 _UNSUPPORTED_PROTOCOL: Final = 0x84
