@@ -415,8 +415,9 @@ def serve(config: Cloud) -> None:
     """Run until SIGTERM or SIGINT. Raises what `CloudServer.run` raises."""
     import uvloop
 
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for every connected gateway
+    with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it, and has then set what it wants
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for every connected gateway
     os.umask(0o077)  # what gateways measure is nobody else's business
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(config))

@@ -257,6 +257,52 @@ def test_on_a_disk_that_is_really_full_nothing_is_acknowledged_and_nothing_lost(
     )
 
 
+WRITE_ERROR = """
+import asyncio, resource, sys
+from pathlib import Path
+from cloud.journal.contract import JournalBroken
+from cloud.journal.sqlite import SqliteJournal
+from tests.journal_conformance import G, entry, everything
+
+async def main(folder):
+    journal = SqliteJournal(folder / "j.db", commit_interval_s=0.0)
+    await journal.open()
+    await asyncio.gather(*(journal.append([entry(n, n, size_bytes=3000)]) for n in range(1, 51)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))      # every write of the files fails, as with a bad disk
+    broken = 0
+    for n in range(51, 61):
+        try:
+            await journal.append([entry(n, n, size_bytes=3000)])
+        except JournalBroken:
+            broken += 1
+    said = journal.trouble
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert broken == 10 and said, (broken, said)
+    assert await journal.holds(G, 7, 1, 1000) == ((1, 50),)
+    [again] = await journal.append([entry(51, 60)])
+    assert again.fresh == ((51, 60),) and again.offset == 51 and journal.trouble is None
+    await journal.close()
+    journal = SqliteJournal(folder / "j.db")
+    await journal.open()
+    assert sorted(fresh[0] for _, fresh in await everything(journal)) == [(n, n) for n in range(1, 51)] + [(51, 60)]
+    await journal.close()
+    print("ok")
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def test_while_the_disk_refuses_writes_nothing_is_acknowledged_and_it_goes_on_afterwards(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_ERROR, str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "ok\n", done.stdout + done.stderr
+
+
 # --- damage ---
 
 

@@ -224,6 +224,7 @@ class SqliteJournal:
             if version == 0:
                 schema = Path(__file__).with_suffix(".sql").read_text()
                 db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+                _sync_folder(self.path.parent)
             elif version != SCHEMA_VERSION:
                 raise JournalBroken(
                     f"{self.path}: version {version}; this program knows version {SCHEMA_VERSION}: run the newer one"
@@ -759,6 +760,15 @@ def _ranges(first: int, last: int, text: str) -> Iterator[Range]:
     for part in text.split(","):
         a, _, b = part.partition("-")
         yield int(a), int(b)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A file is only as durable as its name in the folder (fsync(2))."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _lenient(text: bytes) -> str:
