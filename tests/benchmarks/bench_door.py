@@ -519,7 +519,7 @@ def contest(kind: str, rounds: int, count: int) -> None:
     for i in range(rounds):
         for which in sorted(results, reverse=bool(i % 2)):
             if kind == "mqtt":
-                with run.mosquitto(users=users, extra=("max_queued_messages 0",)) as broker:
+                with run.mosquitto(users=users) as broker:
                     os.sched_setaffinity(broker.process.pid, {sorted(os.sched_getaffinity(0))[0]})
                     results[which].append(measure(which, count, broker.port, password))
             else:
