@@ -16,12 +16,11 @@ import sqlite3
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import pyarrow.compute as pc
 import trustme
 from deltalake import DeltaTable
 
@@ -30,18 +29,40 @@ from tests.servers.process import ServerProcess, free_port, wait_until
 from tests.system.child import BIN, Child
 
 DEVICES = 8
-POINTS = 12
+POINTS = 24
 PERIOD_MS = 100
+
+#: device, point, taken_at in microseconds, value. InfluxDB's nanoseconds end with the frame's number.
+Value: TypeAlias = tuple[str, str, int, float]
+
+
+@dataclass
+class Held:
+    """What one store holds. `identities` are (device, point, epoch, seq); InfluxDB keeps none, its rows are told apart
+    by series and time."""
+
+    rows: int
+    identities: int
+    values: set[Value]
+
+    @property
+    def doubled(self) -> int:
+        return self.rows - self.identities
 
 
 @dataclass
 class Account:
-    """Kept by the gateway; stored by each sink; stored more than once by each sink. In readings."""
+    """What the gateway kept, in readings, and what each sink holds."""
 
     kept: int
     gapped: int
-    stored: dict[str, int]
-    doubled: dict[str, int]
+    frames: int
+    held: dict[str, Held]
+    holes: int  #: frame numbers up to the last that the embedded sink has as no reading, event or gap
+
+    def __str__(self) -> str:
+        sinks = ", ".join(f"{name} {held.rows} ({held.doubled} doubled)" for name, held in self.held.items())
+        return f"kept {self.kept} in {self.frames} frames, gaps {self.gapped}, holes {self.holes}; {sinks}"
 
 
 @dataclass
@@ -94,13 +115,31 @@ class Rig:
         waiting: int = buffer["kept_readings"] - buffer["settled_readings"] - buffer["gapped_readings"]
         return waiting
 
+    def settled(self) -> int:
+        buffer = self.status().get("buffer") or {}
+        settled: int = buffer.get("settled_readings", 0)
+        return settled
+
+    def wait_for_acks(self, timeout_s: float = 60.0) -> None:
+        """Until more is acked than now: everything between device and journal works again."""
+        mark = self.settled()
+
+        def more() -> bool:
+            for child in self.children.values():
+                child.check()
+            return self.settled() > mark
+
+        wait_until(more, timeout_s=timeout_s, what="another ack")
+
     # --- the end ---
 
     def finish(self, timeout_s: float = 90.0) -> Account:
-        """The agent commits and leaves; without devices it empties its buffer; the sinks catch up; the account."""
-        agent = self.children["agent"]
-        agent.check()
-        agent.end(signal.SIGTERM)
+        """The agent commits and leaves; without devices it empties its buffer; the sinks catch up, and the cloud
+        leaves, so that nothing can be written any more. Then the account."""
+        for child in self.children.values():
+            child.check()
+        agent, cloud = self.children["agent"], self.children["cloud"]
+        assert agent.end(signal.SIGTERM) == 0, "the agent did not leave in order"
         config = self.folder / "agent.toml"
         (self.folder / "drain.toml").write_text(config.read_text().split("[[device]]", 1)[0])
         drainer = Child(
@@ -109,89 +148,84 @@ class Rig:
             self.folder,
             agent.env,
         )
+        started_ns = time.time_ns()
         drainer.start()
-        started = time.time_ns()
         try:
 
             def empty() -> bool:
                 drainer.check()
-                return self._written_since(started) and self.buffered() == 0
+                return self.status().get("written_ns", 0) > started_ns and self.buffered() == 0
 
-            wait_until(
-                empty,
-                timeout_s=timeout_s,
-                what="the buffer to be empty",
-            )
+            wait_until(empty, timeout_s=timeout_s, what="the buffer to be empty")
             status = self.status()
-            drainer.end(signal.SIGTERM)
+            assert drainer.end(signal.SIGTERM) == 0
         finally:
             drainer.stop_hard()
-        kept, gapped = status["buffer"]["kept_readings"], status["buffer"]["gapped_readings"]
-        count = {
-            "embedded": self.embedded,
-            "mysql": self.mysql,
-            "archive": self.archive,
-            "influxdb": self.influxdb,
+        buffer = status["buffer"]
+        kept, gapped = buffer["kept_readings"], buffer["gapped_readings"]
+        behind = {
+            "embedded": self.count_embedded,
+            "mysql": self.count_mysql,
+            "archive": self.count_archive,
+            "influxdb": self.count_influxdb,
         }
-        with contextlib.suppress(TimeoutError, AssertionError):
-            wait_until(
-                lambda: all(stored() >= (kept - gapped, 0) for stored in count.values()),
-                timeout_s=timeout_s,
-                what="every sink to catch up",
-            )
-        account = Account(kept, gapped, {}, {})
-        for sink, stored in count.items():
-            account.stored[sink], account.doubled[sink] = stored()
-        return account
+        deadline_s = time.monotonic() + timeout_s
+        while behind and time.monotonic() < deadline_s:
+            behind = {sink: count for sink, count in behind.items() if count() < kept - gapped}
+            time.sleep(0.5)  # a count costs the store something
+        assert cloud.end(signal.SIGTERM) == 0, "the cloud did not leave in order"
+        held = {
+            "embedded": self.embedded(),
+            "mysql": self.mysql(),
+            "archive": self.archive(),
+            "influxdb": self.influxdb(),
+        }
+        return Account(kept, gapped, buffer["kept_frames"], held, self.holes())
 
-    def _written_since(self, ns: int) -> bool:
-        file = self.folder / "gateway/status.json"
-        return file.exists() and file.stat().st_mtime_ns > ns
+    # --- each store, by its own interface ---
 
-    # --- each store, by its own interface: readings, and readings that are there more than once ---
-
-    def embedded(self) -> tuple[int, int]:
+    def _sqlite(self, sql: str) -> list[tuple[Any, ...]]:
         file = self.folder / "cloud/readings.sqlite"
-        if not file.exists():
-            return 0, 0
-        with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
-            return self._by_sql(lambda sql: db.execute(sql).fetchone()[0])
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db:
+            return db.execute(sql).fetchall()
 
-    def mysql(self) -> tuple[int, int]:
+    def count_embedded(self) -> int:
+        with contextlib.suppress(sqlite3.OperationalError):  # not made yet
+            return int(self._sqlite("SELECT count(*) FROM readings")[0][0])
+        return 0
+
+    def embedded(self) -> Held:
+        return _held_by_sql(self._sqlite(READINGS))
+
+    def holes(self) -> int:
+        """Every number up to the last is there, of each epoch; the account of the buffer itself is not asked."""
+        seqs = "SELECT epoch, seq FROM readings UNION SELECT epoch, seq FROM events UNION SELECT epoch, seq FROM gaps"
+        rows = self._sqlite(f"SELECT max(seq) - count(*) FROM ({seqs}) GROUP BY epoch")
+        return sum(int(row[0]) for row in rows)
+
+    def _mariadb(self, sql: str) -> list[list[str]]:
         assert self.maria is not None
-        client = [
-            "mariadb",
-            "--no-defaults",
-            "-h",
-            self.maria.host,
-            "-P",
-            str(self.maria.port),
-            "-u",
-            self.maria.user,
-        ]
-        env = {**os.environ, "MYSQL_PWD": self.maria.password}
+        done = subprocess.run(
+            [
+                *("mariadb", "--no-defaults", "-h", self.maria.host, "-P", str(self.maria.port)),
+                *("-u", self.maria.user, "--quick", "-N", "-B", "-e", sql, self.maria.database),
+            ],
+            env={**os.environ, "MYSQL_PWD": self.maria.password},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [line.split("\t") for line in done.stdout.splitlines()]
 
-        def one(sql: str) -> int:
-            done = subprocess.run(
-                [*client, "-N", "-B", "-e", sql, self.maria.database if self.maria else ""],
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
-            return int(done.stdout)
+    def count_mysql(self) -> int:
+        return int(self._mariadb("SELECT count(*) FROM readings")[0][0])
 
-        return self._by_sql(one)
+    def mysql(self) -> Held:
+        return _held_by_sql(self._mariadb(READINGS))
 
-    @staticmethod
-    def _by_sql(one: Callable[[str], int]) -> tuple[int, int]:
-        rows = one("SELECT count(*) FROM readings")
-        distinct = one("SELECT count(*) FROM (SELECT DISTINCT point_id, epoch, seq FROM readings) d")
-        return rows, rows - distinct
-
-    def archive(self) -> tuple[int, int]:
+    def _delta(self) -> DeltaTable | None:
         assert self.s3 is not None
         options = {
             "AWS_ENDPOINT_URL": self.s3.url,
@@ -202,20 +236,26 @@ class Rig:
         }
         address = f"s3://{self.bucket}/readings"
         if not DeltaTable.is_deltatable(address, storage_options=options):
-            return 0, 0
-        columns = ["gateway", "device", "point", "epoch", "seq"]
-        table = DeltaTable(address, storage_options=options).to_pyarrow_table(columns=columns)
-        distinct = table.group_by(columns).aggregate([]).num_rows
-        assert pc.count(table["seq"]).as_py() == table.num_rows
-        return table.num_rows, table.num_rows - distinct
+            return None
+        return DeltaTable(address, storage_options=options)
 
-    def influxdb(self) -> tuple[int, int]:
-        """Field values of the measurement, all series; the same instant of a series can be there only once."""
+    def count_archive(self) -> int:
+        table = self._delta()
+        return 0 if table is None else int(table.count())
+
+    def archive(self) -> Held:
+        table = self._delta()
+        assert table is not None
+        columns = table.to_pyarrow_table(columns=["device", "point", "epoch", "seq", "taken_at_ns", "value"])
+        return _held_by_sql(zip(*(columns[name].to_pylist() for name in columns.column_names), strict=True))
+
+    def _flux(self, then: str) -> Iterator[list[str]]:
+        """Rows of the one measurement, all series together."""
         assert self.influx is not None
         flux = (
             f'from(bucket:"{self.bucket}") |> range(start:2020-01-01T00:00:00Z, stop:2040-01-01T00:00:00Z)'
             ' |> filter(fn:(r)=> r._measurement == "simulated") |> filter(fn:(r)=> not r._field =~ /quality$/)'
-            ' |> group() |> count() |> keep(columns: ["_value"])'
+            f" |> group() |> {then}"
         )
         request = urllib.request.Request(
             f"{self.influx.url}/api/v2/query?org={self.influx.org}",
@@ -227,10 +267,43 @@ class Rig:
             },
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if line.strip()]
-        return (int(lines[1].rsplit(",", 1)[1]), 0) if len(lines) > 1 else (0, 0)
+            lines = answer.read().decode().splitlines()
+        for line in lines[1:]:  # after the header; each row begins with ",result,table,"
+            if line.strip():
+                yield line.split(",")[3:]
+
+    def count_influxdb(self) -> int:
+        return next((int(row[0]) for row in self._flux('count() |> keep(columns: ["_value"])')), 0)
+
+    def influxdb(self) -> Held:
+        columns = '["device", "_field", "_time", "_value"]'
+        values: list[Value] = []
+        # The columns come in the order of their names.
+        at_ns = "map(fn: (r) => ({r with _time: time(v: r._time), ns: int(v: r._time)}))"
+        ordered = columns.replace("_time", "ns")
+        for field_, value, device, ns in self._flux(f"{at_ns} |> keep(columns: {ordered})"):
+            values.append((device, field_, int(ns) // 1000, float(value)))
+        return Held(len(values), len({value[:3] for value in values}), set(values))
 
     bucket: str = "chaos"
+
+
+READINGS = (
+    "SELECT d.name, p.name, r.epoch, r.seq, r.taken_at_ns, r.value"
+    " FROM readings r JOIN points p ON p.id = r.point_id JOIN devices d ON d.id = p.device_id"
+)
+
+
+def _held_by_sql(rows: Iterable[Sequence[Any]]) -> Held:
+    """From rows as `READINGS` gives them."""
+    identities: set[tuple[str, str, int, int]] = set()
+    values: set[Value] = set()
+    count = 0
+    for device, point, epoch, seq, taken_at_ns, value in rows:
+        count += 1
+        identities.add((device, point, int(epoch), int(seq)))
+        values.add((device, point, int(taken_at_ns) // 1000, float(value)))
+    return Held(count, len(identities), values)
 
 
 @contextlib.contextmanager
