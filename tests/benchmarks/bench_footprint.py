@@ -1,8 +1,8 @@
 """What the agent costs a gateway at 1,000 readings/s from three drivers: memory, CPU, bytes written to disk.
 
 Modbus TCP (800/s), a serial instrument (40/s) and forty Bluetooth thermometers over bleak and a simulated BlueZ
-(160/s), kept and sent over MQTT to the real cloud. Baselines of the same run: a bare Python with asyncio (memory), and writing
-the same number of payload bytes (8 per reading) with one fsync per commit interval (disk is counted, not timed).
+(160/s), kept and sent over MQTT to the real cloud. Baselines of the same run: a bare Python with asyncio for memory,
+the payload itself (8 bytes per reading) for what is written to disk.
 
 `bench_footprint [seconds]`
 """
