@@ -129,7 +129,7 @@ class ArchiveSink:
             self._bucket.prepare()
         else:
             store = FolderStore(self._folder)
-            with _foreign(str(self._folder)):
+            with foreign(str(self._folder)):
                 self._folder.mkdir(parents=True, exist_ok=True)
         tables = _Tables(store)
         offset = tables.open()
@@ -362,7 +362,7 @@ class Table:
         seqs = {record.seq for record in records}
         days = sorted({partition_of(record)[0] for record in records})
         wanted = (
-            ds.field("day").isin([_date(day) for day in days])
+            ds.field("day").isin([date_of(day) for day in days])
             & (ds.field("tenant") == who.tenant)
             & (ds.field("gateway") == who.gateway)
             & (ds.field("epoch") == who.epoch)
@@ -384,10 +384,10 @@ class Table:
         """Removes the partitions of earlier days; how many rows these held."""
         with self._foreign():
             oldest = min((part["day"] for part in self._opened.partitions()), default=None)
-            if oldest is None or oldest >= _date(day).isoformat():
+            if oldest is None or oldest >= date_of(day).isoformat():
                 return 0
             before = self._opened.count()
-            self._opened.delete(f"day < DATE '{_date(day).isoformat()}'")
+            self._opened.delete(f"day < DATE '{date_of(day).isoformat()}'")
             self._store.settle(self.name)
             return before - self._opened.count()
 
@@ -421,7 +421,7 @@ class Table:
         data = io.BytesIO()
         # zstd at level 1 is smaller than snappy and costs no more; readers do not need pyarrow's own schema.
         pq.write_table(rows, data, compression="zstd", compression_level=1, store_schema=False)
-        day = _date(partition[0]).isoformat()
+        day = date_of(partition[0]).isoformat()
         path = f"day={day}/tenant={partition[1]}/part-{uuid.uuid4()}.zstd.parquet"
         return _File(path, {"day": day, "tenant": partition[1]}, data.getbuffer(), _stats(rows))
 
@@ -439,7 +439,7 @@ class Table:
     @contextlib.contextmanager
     def _foreign(self) -> Iterator[None]:
         try:
-            with _foreign(self._where):
+            with foreign(self._where):
                 yield
         except SinkError:
             self._delta = None  # what was stored is unknown: read it again before the next call
@@ -472,12 +472,12 @@ def _stats(rows: pa.Table) -> str:
     return json.dumps({"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": nulls})
 
 
-def _date(day: int) -> datetime.date:
+def date_of(day: int) -> datetime.date:
     return datetime.date(1970, 1, 1) + datetime.timedelta(days=day)
 
 
 @contextlib.contextmanager
-def _foreign(where: str) -> Iterator[None]:
+def foreign(where: str) -> Iterator[None]:
     """Errors of the store and of deltalake become ours."""
     from deltalake.exceptions import DeltaError, DeltaProtocolError, SchemaMismatchError
 

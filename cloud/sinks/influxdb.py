@@ -34,6 +34,7 @@ import re
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -42,8 +43,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from cloud.sinks.contract import Record, Rejection, RetryLater, ScanRecord, Settled, SinkBroken
-from cloud.sinks.line_protocol import LineWriter, Unwritable, stamp
+from cloud.sinks.line_protocol import EVENTS, GAPS, LineWriter, Unwritable, quality_word, stamp
 from config.cloud import InfluxDB
+from drivers.contract import Reason
 from sync.identity import IdentityError, is_loopback, read_secret
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ MIN_CHUNK_BYTES: Final = 32 * 1024
 CALL_BYTES: Final = 2 * 1024 * 1024  #: of batch bytes per call, about a million readings
 MAX_RETRY_AFTER_S: Final = 300.0  #: a longer Retry-After is a mistake, not a wish (cloud.md section 4: cap)
 GZIP_LEVEL: Final = 1
+TALLY_TIMEOUT_S: Final = 600.0  #: counting reads everything
 MESSAGE_CHARS: Final = 300  #: of an answer, in a reason
 
 _NAMED_FIELD: Final = re.compile(r'input field "(.*?)" on measurement "(.*?)" is ', re.DOTALL)
@@ -237,6 +240,26 @@ class InfluxSink:
         refusal = posted.result()
         if refusal is not None:
             call.narrow(chunk, refusal)
+
+
+async def tally(settings: InfluxDB) -> dict[str, int]:
+    """Readings by `<tenant>/<gateway>`, counted by the server: for the audit. Raises `RetryLater`, `SinkBroken`."""
+
+    def count() -> dict[str, int]:
+        try:
+            token = read_secret("influxdb token", file=settings.token_file, env=settings.token_env)
+        except IdentityError as err:
+            raise SinkBroken(str(err)) from err
+        patient = msgspec.structs.replace(settings, timeout_s=max(settings.timeout_s, TALLY_TIMEOUT_S))
+        server = _Server(patient, token.reveal(), gzip=False)
+        try:
+            return server.tally()
+        except _TimedOut as late:
+            raise RetryLater(str(late)) from late
+        finally:
+            server.close()
+
+    return await asyncio.to_thread(count)
 
 
 class _Call:
@@ -457,6 +480,28 @@ class _Server:
         except _TimedOut as late:
             raise RetryLater(str(late)) from late
 
+    def tally(self) -> dict[str, int]:
+        """A reading is a value, or a quality that says that there is none."""
+        counted: Counter[str] = Counter()
+        absent = ", ".join(f'"{quality_word(reason)}"' for reason in Reason if not reason.has_value)
+        everything = (
+            f"from(bucket: {_flux_text(self._settings.bucket)})"
+            " |> range(start: 1677-09-22T00:00:00Z, stop: 2262-04-11T00:00:00Z)"
+            f' |> filter(fn: (r) => r._measurement != "{GAPS}" and r._measurement != "{EVENTS}")'
+        )
+        values = r"filter(fn: (r) => r._field !~ /\.(quality|exact)$/)"
+        qualities = r"filter(fn: (r) => r._field =~ /\.quality$/)"
+        none = f"filter(fn: (r) => contains(value: r._value, set: [{absent}]))"
+        for part in (values, f"{qualities} |> {none}"):
+            query = f"{everything} |> {part} |> count()"
+            tables = self._call(lambda query=query: self._client.query_api().query(query))  # type: ignore[misc]
+            for table in tables:
+                for row in table.records:
+                    counted[f"{row.values.get('tenant')}/{row.values.get('gateway')}"] += int(
+                        row.values["_value"]
+                    )
+        return dict(counted)
+
     def _ensure_bucket(self) -> None:
         settings = self._settings
         found = self._call(self._find_bucket)
@@ -536,6 +581,12 @@ class _Server:
             raise _tls_error(self._where, str(err)) from err
         except (HTTPError, OSError) as err:
             raise RetryLater(f"{self._where}: {err}") from err
+
+
+def _flux_text(text: str) -> str:
+    """A string literal; what stands in it is never run."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'
 
 
 def _tls_error(where: str, text: str) -> RetryLater | SinkBroken:
