@@ -46,8 +46,8 @@ T = TypeVar("T")
 DOOR: Final = "mqtt"
 CONNECT_TIMEOUT_S: Final = 10.0
 IDLE_TIMEOUT_S: Final = 10.0  #: at stop, for what has come in to be answered
-BACKOFF_MIN_S: Final = 0.25
-BACKOFF_MAX_S: Final = 15.0
+BACKOFF_MIN_S: Final = 0.1
+BACKOFF_MAX_S: Final = 2.0  #: the whole fleet waits for this one client, and there is no herd of it
 GROUP: Final = 2048  #: batches given to intake at once
 GROUPS: Final = 2  #: under way at once: one is judged while the other is committed
 READ_BYTES: Final = 256 * 1024
@@ -281,7 +281,7 @@ class MqttDoor:
                     self._port,
                     self.trouble,
                 )
-            # Full jitter: a broker that comes back is not met by everybody at once.
+            # Full jitter.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._rng.uniform(0, backoff_s)):
                     await self._stopping.wait()

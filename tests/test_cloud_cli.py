@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -45,18 +45,18 @@ def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
-    took = []
+    took_s = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        took.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.stdout.endswith("[]\n")
     assert "serve" in done.stdout
-    assert min(took) < 0.3, (
-        f"{min(took):.2f} s"
-    )  # design.md section 7; the best of five: others use this machine too
+    # design.md section 7. CPU time, which is all of it on an idle machine: others use this one too.
+    assert min(took_s) < 0.3, f"{min(took_s):.2f} s"
 
 
 def every_command(
