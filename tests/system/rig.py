@@ -136,8 +136,7 @@ class Rig:
     def finish(self, timeout_s: float = 90.0) -> Account:
         """The agent commits and leaves; without devices it empties its buffer; the sinks catch up, and the cloud
         leaves, so that nothing can be written any more. Then the account."""
-        for child in self.children.values():
-            child.check()
+        self.wait_for_acks()  # all of it lives again, and by itself
         agent, cloud = self.children["agent"], self.children["cloud"]
         assert agent.end(signal.SIGTERM) == 0, "the agent did not leave in order"
         config = self.folder / "agent.toml"
