@@ -118,7 +118,7 @@ class Screen:
                 row["point"],
                 row["value"],
                 row["unit"],
-                f"[{colour}]{row['quality']}",
+                f"[{colour}]{row['quality']}{row['reason']}",
                 row["age"],
             )
         self._live.update(Group(Text(line, style="bold"), table, *map(Text, self._notes)), refresh=True)
@@ -126,11 +126,12 @@ class Screen:
     def _latest(self) -> list[dict[str, str]]:
         """The newest reading of the first points of each device, as the cloud's API has them."""
         request = urllib.request.Request(
-            f"{self._base}/v1/latest?limit=1000", headers={"Authorization": f"Bearer {self._token}"}
+            f"{self._base}/v1/gateways/demo/plant-1/latest",
+            headers={"Authorization": f"Bearer {self._token}"},
         )
         try:
             with urllib.request.urlopen(request, timeout=1.0) as answer:
-                rows = json.load(answer)["items"]
+                rows = json.load(answer)
         except (urllib.error.URLError, OSError, ValueError, KeyError):
             return []
         shown: list[dict[str, str]] = []
@@ -148,6 +149,7 @@ class Screen:
                     "value": f"{value:.6g}" if isinstance(value, float) else str(value),
                     "unit": row.get("unit") or "",
                     "quality": row["quality"],
+                    "reason": f" ({row['reason']})" if row["reason"] else "",
                     "age": f"{max(0.0, time.time() - row['taken_at_ns'] / 1e9):.1f} s",
                 }
             )
