@@ -21,8 +21,18 @@ from agent.clock import SystemClock
 from agent.store import Batch
 from config.agent import Buffer as BufferSettings
 from drivers.contract import Point
-from sync.wire import WireError, layout_of
-from tests.fakes.buffer import GATEWAY, PACKING, READINGS, ModelCloud, StillClock, drain, opened, scan
+from sync.wire import Ack, WireError, layout_of
+from tests.fakes.buffer import (
+    GATEWAY,
+    PACKING,
+    READINGS,
+    Failing,
+    ModelCloud,
+    StillClock,
+    drain,
+    opened,
+    scan,
+)
 from tests.fakes.cloud_door import until
 
 
@@ -246,6 +256,43 @@ async def test_damage_at_start_is_told_to_the_cloud(tmp_path: Path) -> None:
     [event] = cloud.events()
     assert event.code == "buffer_damaged"
     assert "damaged-" in event.text
+
+
+async def test_an_ack_survives_a_disk_that_refuses_and_one_of_another_epoch_settles_nothing(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, BufferSettings(commit_interval_s=3600)) as buffer:
+        buffer.append(scan(1), READINGS)
+        await buffer.commit()
+        [batch] = await buffer.claim(1)
+        buffer.settle(Ack(buffer.epoch + 1, ((1, 99),)))
+        await buffer.commit()
+        assert buffer.state.settled_frames == 0
+        store = buffer._store
+        assert store._conn is not None
+        failing = Failing(store._conn, "COMMIT", sqlite3.SQLITE_READONLY, late=False)
+        store._conn = failing  # type: ignore[assignment]  # stands in for it
+        buffer.settle(Ack(batch.sealed.epoch, ((1, 1),)))
+        assert not await buffer.commit()
+        assert buffer.state.condition.value == "holding"
+        assert "read-only" in buffer.state.detail
+        assert await buffer.commit()
+        assert buffer.state.settled_frames == 1
+        assert buffer.state.condition is Condition.OK
+
+
+async def test_every_commit_is_synced(tmp_path: Path) -> None:
+    """What NORMAL loses at a power cut, FULL does not; nothing short of cutting the power shows it otherwise."""
+    async with running(tmp_path) as buffer:
+
+        def pragma(name: str) -> object:
+            conn = buffer._store._conn
+            assert conn is not None
+            return conn.execute(f"PRAGMA {name}").fetchone()[0]
+
+        assert await buffer._job(lambda: pragma("synchronous")) == 2
+        assert await buffer._job(lambda: pragma("journal_mode")) == "wal"
+        assert await buffer._job(lambda: pragma("wal_autocheckpoint")) == 0
 
 
 async def test_append_costs_microseconds(tmp_path: Path) -> None:

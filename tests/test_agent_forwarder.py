@@ -22,7 +22,7 @@ from sync.identity import IdentityError
 from sync.uplink import Uplink
 from sync.wire import Head, Nack, Reply, open_body, open_head
 from tests.fakes.buffer import GATEWAY, PACKING, READINGS, ModelCloud, StillClock, number_of, scan
-from tests.fakes.cloud_door import SILENCE, FarSide, mqtt_door, until
+from tests.fakes.cloud_door import SILENCE, FarSide, HttpServer, mqtt_door, until
 from tests.fakes.uplink import MemoryUplink
 from tests.servers import run
 from tests.test_sync_uplinks import ACL, USERS
@@ -459,6 +459,59 @@ async def test_a_broker_killed_under_load_loses_and_doubles_nothing(tmp_path: Pa
                 await asyncio.to_thread(broker.process.start)
             await s.all_settled(60)
             s.once_each()
+
+
+async def test_an_http_door_cut_under_load_loses_and_doubles_nothing(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    from sync.https import HttpsUplink
+
+    port = free_port()
+    settings = UplinkSettings(
+        kind="https", host="127.0.0.1", port=port, tls=False, ack_timeout_s=1.0, backoff_min_s=0.02, backoff_max_s=0.2
+    )  # fmt: skip
+    async with scene(
+        tmp_path, lambda far: HttpsUplink(GATEWAY, settings, TOKEN), settings=settings, before=1000
+    ) as s:
+        door = HttpServer(s.far, GATEWAY, TOKEN, port)
+        for _ in range(8):
+            await door.start()
+            for _ in range(20):
+                s.keep(25)
+                await asyncio.sleep(0.01)
+            await door.stop()
+            s.keep(25)
+            await asyncio.sleep(0.05)
+        await door.start()
+        await s.all_settled(60)
+        s.once_each()
+        await door.stop()
+
+
+async def test_a_broker_that_closes_on_large_messages_gets_smaller_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NATS closes the connection of whoever publishes more than `max_payload`, and never says why."""
+    from sync.mqtt import MqttUplink
+
+    with run.nats(users=USERS, extra=["max_payload: 16KB"]) as broker:
+        settings = UplinkSettings(
+            host=broker.host, port=broker.mqtt_port, tls=False, ack_timeout_s=5.0, backoff_min_s=0.02,
+            backoff_max_s=0.2,
+        )  # fmt: skip
+        rng = random.Random(2)
+        async with scene(
+            tmp_path, lambda far: MqttUplink(GATEWAY, settings, TOKEN), settings=settings, before=50
+        ) as s, mqtt_door(s.far, broker.host, broker.mqtt_port):  # fmt: skip
+            for _ in range(80):
+                text = f"{rng.getrandbits(4000):x}"
+                assert s.buffer.append(scan_of(s.number, text, boot=s.buffer.boot), READINGS)
+                s.number += 1
+            await s.buffer.commit()
+            await s.all_settled(60)
+            s.once_each()
+            assert s.buffer.state.parked_frames == 0
+            assert "halved" in caplog.text
 
 
 def test_the_configured_uplink_is_made_and_only_that(monkeypatch: pytest.MonkeyPatch) -> None:

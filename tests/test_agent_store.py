@@ -19,6 +19,7 @@ from sync.wire import MAX_BATCH_BYTES, GapFrame, open_body
 from tests.fakes.buffer import (
     GATEWAY,
     READINGS,
+    Failing,
     ModelCloud,
     StillClock,
     bounds,
@@ -475,27 +476,6 @@ def test_a_folder_that_cannot_be_made_is_named(folder: Path) -> None:
 
 
 # --- a disk that refuses ---
-
-
-class Failing:
-    """A connection that fails at a statement, before or after it is carried out, with SQLite's own code."""
-
-    def __init__(self, conn: sqlite3.Connection, at: str, code: int, *, late: bool) -> None:
-        self._conn, self._at, self._code, self._late = conn, at, code, late
-        self.failures = 1
-
-    def execute(self, sql: str, *args: object) -> sqlite3.Cursor:
-        if sql.startswith(self._at) and self.failures:
-            self.failures -= 1
-            if self._late:
-                self._conn.execute(sql, *args)  # type: ignore[arg-type]  # passed through as it came
-            error = sqlite3.OperationalError("made to fail")
-            error.sqlite_errorcode = self._code
-            raise error
-        return self._conn.execute(sql, *args)  # type: ignore[arg-type]  # passed through as it came
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._conn, name)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["not kept", "kept after all"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -90,6 +91,27 @@ def opened(
 
 def bounds(batch: Batch) -> tuple[int, int]:
     return batch.sealed.first, batch.sealed.last
+
+
+class Failing:
+    """A connection that fails at a statement, before or after it is carried out, with SQLite's own code."""
+
+    def __init__(self, conn: sqlite3.Connection, at: str, code: int, *, late: bool) -> None:
+        self._conn, self._at, self._code, self._late = conn, at, code, late
+        self.failures = 1
+
+    def execute(self, sql: str, *args: object) -> sqlite3.Cursor:
+        if sql.startswith(self._at) and self.failures:
+            self.failures -= 1
+            if self._late:
+                self._conn.execute(sql, *args)  # type: ignore[arg-type]  # passed through as it came
+            error = sqlite3.OperationalError("made to fail")
+            error.sqlite_errorcode = self._code
+            raise error
+        return self._conn.execute(sql, *args)  # type: ignore[arg-type]  # passed through as it came
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._conn, name)
 
 
 class ModelCloud:
