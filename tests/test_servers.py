@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -352,6 +353,20 @@ def test_the_cache_comes_before_the_path(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert locate.find(catalogue.INFLUXDB).origin == "PATH"
     cached = executable(locate.cached_path(catalogue.INFLUXDB), says)
     assert locate.find(catalogue.INFLUXDB).path == cached
+
+
+def test_versitygw_is_not_started_where_a_kill_could_leave_half_an_object(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setenv("HEADGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    executable(locate.cached_path(catalogue.VERSITYGW), SAYS_VERSITYGW)
+    monkeypatch.setattr(os, "setxattr", refuse)
+    with pytest.raises(ServerFailed, match="set TMPDIR to a folder on ext4 or xfs"), run.s3():
+        pytest.fail("started all the same")
 
 
 SAYS_MINIO = "echo 'minio version RELEASE.2025-10-15T17-29-55Z'"

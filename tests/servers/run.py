@@ -399,14 +399,14 @@ def _keeps_attributes(folder: Path) -> bool:
 
 
 def _versitygw(program: Program, folder: Path, port: int, access_key: str, secret_key: str) -> ServerProcess:
-    (folder / "versions").mkdir()
-    beside: tuple[str, ...] = ()
     if not _keeps_attributes(folder):
-        # Files beside the objects are its other way. It writes them before the object, so a kill between the two
-        # leaves an ETag without its object, and `If-None-Match: *` is refused for ever (1.8.0,
+        # Its other way, files beside the objects, is none for us: it writes them before the object, so a kill between
+        # the two leaves an ETag without its object, and `If-None-Match: *` is refused for ever (1.8.0,
         # backend/posix/posix.go, checkPutPreconditions). An attribute comes and goes with its object.
-        (folder / "sidecar").mkdir()
-        beside = ("--sidecar", f"{folder}/sidecar")
+        raise ServerFailed(
+            f"versitygw needs extended attributes, which {folder.parent} has not: set TMPDIR to a folder on ext4 or xfs"
+        )
+    (folder / "versions").mkdir()
     return ServerProcess(
         program=program,
         binary=program.server.binary,
@@ -419,7 +419,6 @@ def _versitygw(program: Program, folder: Path, port: int, access_key: str, secre
             "posix",
             "--versioning-dir",
             f"{folder}/versions",
-            *beside,
             f"{folder}/data",
         ),
         folder=folder,
