@@ -217,10 +217,11 @@ class Forwarder:
             self._todo.remove(suspects[0])
             await self._send_suspect(suspects[0])
             return
-        while self._lost is None and len(self._sending) < window:
-            backlog = sum(not u.live for u in self._sending.values())
-            if backlog >= share:
-                break
+        # A fast cloud may keep this turning for as long as there is a backlog: the live lane is served in every turn.
+        while self._lost is None and time.monotonic() >= self._not_before_s:
+            backlog = self._offer_live(window, share if not suspects else 0)
+            if backlog >= share or len(self._sending) >= window:
+                return
             batches = await self._next_backlog(share - backlog, suspects)
             if not batches:
                 break
@@ -232,11 +233,14 @@ class Forwarder:
             self._todo.remove(suspects[0])
             await self._send_suspect(suspects[0])
             return
+
+    def _offer_live(self, window: int, share: int) -> int:
+        """Let commits cut what the window leaves beside the backlog's share; how much of that is under way."""
         waiting = bool(self._todo) or self._buffer.has_backlog
         backlog = sum(not u.live for u in self._sending.values())
-        reserved = max(share, backlog) if waiting and not suspects else backlog
-        live = len(self._sending) - backlog
-        self._buffer.live_room = max(0, window - reserved - live)
+        reserved = max(share, backlog) if waiting else backlog
+        self._buffer.live_room = max(0, window - reserved - (len(self._sending) - backlog))
+        return backlog
 
     async def _next_backlog(self, room: int, suspects: Sequence[Bounds]) -> list[Batch]:
         """Batches to send again first, then new ones cut from the oldest readings."""

@@ -153,6 +153,22 @@ async def test_live_goes_ahead_of_a_backlog_that_keeps_to_its_share(tmp_path: Pa
         s.once_each()
 
 
+async def test_live_readings_do_not_wait_however_fast_a_long_backlog_goes(tmp_path: Path) -> None:
+    async with scene(tmp_path, memory, before=10_000, size=2000) as s:
+        await until(lambda: s.health.acked_batches >= 2)
+        waited_behind = []
+        for _ in range(30):  # many more than the window holds
+            number, already = s.number, len(s.order)
+            await s.keep_now(1)
+            await until(lambda: any(number in numbers for numbers in s.order[already:]))  # noqa: B023
+            place = next(i for i, numbers in enumerate(s.order) if number in numbers)
+            waited_behind.append(place - already)
+        assert s.buffer.has_backlog  # or the test has shown nothing
+        assert max(waited_behind) <= 2 * FAST.window
+        await s.all_settled(60)
+        s.once_each()
+
+
 async def test_a_link_that_goes_and_comes_back_is_told_once_each(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
