@@ -182,6 +182,21 @@ async def test_every_reading_is_stored_once_however_often_it_is_written(
     await sink.close()
 
 
+async def test_numbers_of_every_size_come_back_as_they_were(sink: InfluxSink, bucket: Bucket) -> None:
+    values = (
+        0.0, -0.0, 1e16, 1e21, 1e22, 123456789012345680000.0, 1.7976931348623157e308, 2.2250738585072014e-308,
+        -1e-7, 0.1, 1 / 3, 65535, -32768, 2**53, True, False,
+    )  # fmt: skip
+    of = layout("heat", *((f"p{i}", "bool" if isinstance(v, bool) else "f64") for i, v in enumerate(values)))
+    assert (await sink.write([scan(of, 1, *values, at_ns=now_ns())], 1)).rejected == ()
+    words = {"true": True, "false": False}
+    found = {field: words.get(text, text) for (field, _), text in bucket.values("heat").items()}
+    assert {f: v if isinstance(v, bool) else float(v) for f, v in found.items()} == {
+        f"p{i}": value for i, value in enumerate(values)
+    }
+    await sink.close()
+
+
 async def test_names_that_influxdb_drops_or_cannot_query_are_stored_all_the_same(
     sink: InfluxSink, bucket: Bucket
 ) -> None:

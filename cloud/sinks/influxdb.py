@@ -8,7 +8,7 @@ Rules:
    a line; only these are rejected, the rest is stored.
 3. A fault of the server or the network is the runner's to retry (`RetryLater`, obeying Retry-After); a fault of
    the configuration stops the sink (`SinkBroken`) and says what to change.
-4. Every call blocks, so it runs in a thread; a second thread posts one chunk while the next is being formatted.
+4. Every call blocks, so it runs in a thread; others post what is ready while the next is being formatted.
 
 What each answer becomes (`judge`; docs.influxdata.com/influxdb/v2/write-data/troubleshoot, and seen):
 
@@ -34,7 +34,7 @@ import re
 import ssl
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -57,6 +57,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 1024 * 1024  #: of one request; several per call, so that formatting and posting overlap
+POSTS: Final = 2  #: requests under way at once: the server has one to work on while the other travels
 MIN_CHUNK_BYTES: Final = 32 * 1024
 CALL_BYTES: Final = 2 * 1024 * 1024  #: of batch bytes per call, about a million readings
 MAX_RETRY_AFTER_S: Final = 300.0  #: a longer Retry-After is a mistake, not a wish (cloud.md section 4: cap)
@@ -131,7 +132,7 @@ class _Unit(msgspec.Struct, frozen=True, gc=False):
 
     index: int
     points: tuple[int, ...]
-    line: str
+    line: bytes
     at_ns: int
 
 
@@ -172,7 +173,7 @@ class InfluxSink:
             await asyncio.to_thread(server.close)
             raise
         self._server = server
-        self._poster = ThreadPoolExecutor(1, thread_name_prefix="influxdb")
+        self._poster = ThreadPoolExecutor(POSTS, thread_name_prefix="influxdb")
         return None
 
     async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
@@ -199,14 +200,14 @@ class InfluxSink:
         with self._lock:
             call = _Call(server, self._writer, records)
             self._chunk_bytes = min(self._chunk_bytes, server.max_body_bytes)
-            under_way: tuple[Future[Refusal | None], range] | None = None
+            under_way: deque[tuple[Future[Refusal | None], range]] = deque()
             try:
                 for chunk, body in self._chunks(call):
-                    if under_way is not None:
-                        self._finish(call, *under_way)
-                    under_way = poster.submit(server.post, body), chunk
-                if under_way is not None:
-                    self._finish(call, *under_way)
+                    under_way.append((poster.submit(server.post, body), chunk))
+                    if len(under_way) > POSTS:
+                        self._finish(call, *under_way.popleft())
+                while under_way:
+                    self._finish(call, *under_way.popleft())
             except _TimedOut as late:
                 self._chunk_bytes = max(MIN_CHUNK_BYTES, self._chunk_bytes // 2)
                 raise RetryLater(str(late)) from late
@@ -219,7 +220,7 @@ class InfluxSink:
         What can never be a line is rejected at once.
         """
         records, line = call.records, self._writer.line
-        lines: list[str] = []
+        lines: list[bytes] = []
         size = start = 0
         for i, record in enumerate(records):
             try:
@@ -228,12 +229,12 @@ class InfluxSink:
                 call.reject(i, (), str(err))
                 continue
             if lines and size + len(text) >= self._chunk_bytes:
-                yield range(start, i), "\n".join(lines).encode()
+                yield range(start, i), b"\n".join(lines)
                 lines, size, start = [], 0, i
             lines.append(text)
             size += len(text) + 1
         if lines:
-            yield range(start, len(records)), "\n".join(lines).encode()
+            yield range(start, len(records)), b"\n".join(lines)
 
     @staticmethod
     def _finish(call: _Call, posted: Future[Refusal | None], chunk: range) -> None:
@@ -297,7 +298,7 @@ class _Call:
         waiting = self._next(units, refusal)
         while waiting:
             units = waiting.pop()
-            again = self._server.post("\n".join(unit.line for unit in units).encode())
+            again = self._server.post(b"\n".join(unit.line for unit in units))
             if again is not None:
                 waiting.extend(self._next(units, again))
 
@@ -367,7 +368,7 @@ class _Call:
         waiting = [unit.points]
         while waiting:
             points = waiting.pop()
-            refusal = self._server.post("\n".join(self._part(unit, (i,)).line for i in points).encode())
+            refusal = self._server.post(b"\n".join(self._part(unit, (i,)).line for i in points))
             if refusal is None:
                 continue
             if refusal.fault is not Fault.FIELD:
@@ -405,7 +406,7 @@ class _Call:
         line = self._writer.line(record)
         if isinstance(record, ScanRecord):
             return _Unit(index, tuple(range(len(record.values))), line, stamp(record.taken_at_ns, record.seq))
-        return _Unit(index, (), line, int(line.rpartition(" ")[2]))
+        return _Unit(index, (), line, int(line.rpartition(b" ")[2]))
 
     def _part(self, unit: _Unit, points: tuple[int, ...]) -> _Unit:
         record = self.records[unit.index]
