@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-ROW_EVERY_NS: Final = 60 * 10**9  #: reliability.md section 3
+ROW_EVERY_NS: Final = 60 * 10**9  #: so a step or a drift is bounded to a minute of frames
 STEP_NS: Final = 500 * 10**6  #: a larger change of wall minus boot is a step; NTP slews at most 0.5 ms per s
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 

@@ -1067,7 +1067,7 @@ class Store:
         return self.path.with_name(self.path.name + ".ballast")
 
     def _restore_ballast(self) -> None:
-        """Set aside room to delete with: on a full disk DELETE fails as INSERT does (reliability.md, fact 5)."""
+        """Set aside room to delete with: on a full disk DELETE fails as INSERT does."""
         want = self._limits.ballast_bytes
         try:
             if not want or (self._ballast.exists() and self._ballast.stat().st_size == want):

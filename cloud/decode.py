@@ -46,7 +46,7 @@ from sync.wire import (
 NS_PER_S: Final = 1_000_000_000
 EARLIEST_NS: Final = 946_684_800 * NS_PER_S  #: 2000-01-01: no gateway of ours is older
 AHEAD_NS: Final = 86_400 * NS_PER_S  #: a time this far after the receipt is not believed
-SKEW_FLAG_NS: Final = 300 * NS_PER_S  #: a clock ahead by more is flagged (cloud.md section 7, 27)
+SKEW_FLAG_NS: Final = 300 * NS_PER_S  #: a clock ahead by more is flagged
 MAX_LAYOUTS: Final = 4_096  #: compiled layouts kept; above it the oldest goes and is compiled again when met
 
 _FLOATS: Final = frozenset(("f32", "f64"))

@@ -38,7 +38,7 @@ from drivers.contract import Point, Reason, Scan, Value, engineering
 VERSION: Final = 1
 COMPRESSION_NONE: Final = 0
 COMPRESSION_ZSTD: Final = 1
-MAX_BATCH_BYTES: Final = 256 * 1024  #: NATS closes at 1 MiB, cheap links want less; design.md section 5
+MAX_BATCH_BYTES: Final = 256 * 1024  #: NATS closes at 1 MiB, and cheap links want less
 MAX_RAW_BYTES: Final = 4 * 1024 * 1024  #: a body may not grow beyond this when decompressed
 MAX_FRAMES: Final = 65_536  #: frames in one batch
 MAX_POINTS: Final = 4_096  #: points in one layout

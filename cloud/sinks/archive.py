@@ -63,7 +63,7 @@ APP: Final = "headgate"  #: application transaction: complete up to this offset
 LATE: Final = "headgate-late"  #: the highest offset appended out of turn, so above APP's
 MAX_RECORDS: Final = 65_536  #: per call
 FILE_BYTES: Final = 128 * 1024 * 1024  #: what compaction aims at
-VACUUM_MIN_HOURS: Final = 168.0  #: a reader may hold a version for a week (cloud.md section 4)
+VACUUM_MIN_HOURS: Final = 168.0  #: a reader may hold a version for a week
 NS_PER_DAY: Final = 86_400_000_000_000
 NS_PER_HOUR: Final = 3_600_000_000_000
 

@@ -453,7 +453,7 @@ class SqlSink(ABC):
 
 async def whole(work: Coroutine[object, object, T]) -> T:
     """Run a transaction to its end even if the caller is cancelled meanwhile: a connection that is left between begin
-    and commit holds its locks, and makes the next use of it fail (design.md section 6)."""
+    and commit holds its locks, and makes the next use of it fail."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
