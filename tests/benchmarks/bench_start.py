@@ -6,7 +6,6 @@ Baselines of the same run: `python -c pass`, and Python with click imported.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -59,7 +58,6 @@ def first_scan_s() -> float:
 
 
 def main() -> None:
-    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
     bare = wall_s([sys.executable, "-c", "pass"])
     click = wall_s([sys.executable, "-c", "import click"])
     print(f"python -c pass {bare:.3f} s, with click {click:.3f} s")
