@@ -74,6 +74,7 @@ class Rig:
     influx: run.InfluxDb | None = None
     maria: run.MariaDb | None = None
     s3: run.S3 | None = None
+    cloud_port: int = 0
 
     def secret(self, name: str, text: str = "") -> Path:
         path = self.folder / name
@@ -327,7 +328,7 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
             "mariadb": rig.maria.process,
             "s3": rig.s3.process,
         }
-        port = free_port()
+        port = rig.cloud_port = free_port()
         ca = trustme.CA()
         ca.cert_pem.write_to_path(str(folder / "ca.pem"))
         server = ca.issue_cert("127.0.0.1", "localhost")
