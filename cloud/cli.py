@@ -64,6 +64,12 @@ class _Group(click.Group):
         return importlib.util.find_spec(ELSEWHERE[name][0]) is not None
 
 
+class _Unusable(click.ClickException):
+    """A configuration that cannot be used; ends with 2, as with `headgate`."""
+
+    exit_code = 2
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="headgate", prog_name="headgate-cloud")
 def main() -> None:
@@ -91,9 +97,12 @@ def serve(file: Path | None, config_file: Path | None) -> None:
 
     try:
         config = load_config(chosen)
+    except ConfigFileError as err:
+        raise _Unusable(str(err)) from err
+    try:
         configure_logging(config.server.log_level)
         run(config)
-    except (ConfigFileError, IdentityError, JournalError, DeadLettersError, ServeError) as err:
+    except (IdentityError, JournalError, DeadLettersError, ServeError) as err:
         raise click.ClickException(str(err)) from err
 
 
@@ -112,7 +121,7 @@ def check(file: Path) -> None:
     try:
         loaded = load_config(file)
     except ConfigFileError as err:
-        raise click.ClickException(str(err)) from err
+        raise _Unusable(str(err)) from err
     missing = missing_secrets(loaded)
     if missing:
         click.echo(f"note: on this machine {missing}", err=True)

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from cloud.accounting import NOT_YET, Accounts
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
+    from cloud.api.models import FrameAccount, SinkAccount
     from cloud.runner import SinkState
 
 LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -103,6 +106,7 @@ class Gauges:
     dead_letters_dropped: int = 0
     trimmed: int = 0
     memory_bytes: int = 0
+    accounts: Accounts = NOT_YET
 
 
 def exposition(metrics: Metrics, gauges: Gauges) -> bytes:
@@ -207,3 +211,42 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "headgate_journal_trimmed", "Journal entries removed by trim.", value=gauges.trimmed
     )
+    yield from _accounted(gauges.accounts)
+
+
+def _accounted(accounts: Accounts) -> Iterator[Metric]:
+    """journaled = stored + dead + pending + expired + missing - doubled, at the last check."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    plain = [
+        ("account_ok", "1 where the last account balanced in every sink.", int(accounts.ok)),
+        ("account_checked_timestamp_seconds", "When the last account was made; 0: not yet.", accounts.checked_at_s),
+        ("account_duration_seconds", "How long the last account took.", accounts.took_s),
+        ("account_unasked_sinks", "Sinks that the last account could not ask.", accounts.unasked),
+    ]  # fmt: skip
+    for name, text, number in plain:
+        yield GaugeMetricFamily(f"headgate_{name}", text, value=number)
+    counted: list[tuple[str, str, Callable[[FrameAccount], int]]] = [
+        ("received_frames", "Frames that came in.", lambda a: a.received),
+        ("duplicate_frames", "Frames of those that the journal held before.", lambda a: a.duplicate),
+    ]
+    for name, text, count in counted:
+        family = GaugeMetricFamily(f"headgate_account_{name}", text, labels=["tenant", "gateway"])
+        for frames in accounts.frames:
+            family.add_metric(frames.gateway.split("/"), count(frames))
+        yield family
+    columns: list[tuple[str, str, Callable[[SinkAccount], int]]] = [
+        ("journaled", "Readings that the journal took.", lambda a: a.journaled),
+        ("stored", "Readings that the sink holds.", lambda a: a.stored),
+        ("dead", "Readings in the sink's dead letters.", lambda a: a.dead),
+        ("pending", "Readings that the sink is still to take.", lambda a: a.pending),
+        ("expired", "Readings that the sink's retention removed.", lambda a: a.expired),
+        ("missing", "Readings that are nowhere.", lambda a: a.missing),
+        ("doubled", "Readings that the sink holds too often.", lambda a: a.doubled),
+    ]
+    for name, text, value in columns:
+        family = GaugeMetricFamily(f"headgate_account_{name}", text, labels=["tenant", "gateway", "sink"])
+        for row in accounts.rows:
+            tenant, _, gateway = row.gateway.partition("/")
+            family.add_metric([tenant, gateway, row.sink], value(row))
+        yield family

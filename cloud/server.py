@@ -23,14 +23,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from cloud.dead_letters import DeadLetters
+from cloud.accounting import NOT_YET, Accounting
+from cloud.dead_letters import DeadLetters, DeadLettersError
 from cloud.http import Credentials, HttpDoor
 from cloud.intake import Intake
 from cloud.journal.sqlite import SqliteJournal
+from cloud.journal.contract import JournalError
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
 from cloud.runner import SinkRunner
@@ -51,6 +54,8 @@ PRESSURE_INTERVAL_S: Final = 5.0
 PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever `keep_hours` says
 TRIM_TO: Final = 0.75
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
+ACCOUNT_INTERVAL_S: Final = 3600.0
+ACCOUNT_FIRST_S: Final = 60.0  #: after the start: the sinks are up by then
 OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
 HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
 
@@ -84,6 +89,7 @@ class CloudServer:
         self._trimmed = 0
         self._mqtt: MqttDoor | None = None
 
+        self._accounting: Accounting | None = None
     def stop(self) -> None:
         self._stop.set()
 
@@ -207,9 +213,27 @@ class CloudServer:
         )
         scheduler.start()
         return lambda: scheduler.shutdown(wait=False)
+        self._accounting = _accounting(services)
+        scheduler.add_job(
+            self._account,
+            "interval",
+            seconds=ACCOUNT_INTERVAL_S,
+            next_run_time=datetime.now(UTC) + timedelta(seconds=ACCOUNT_FIRST_S),
+            name="account",
+            **options,
+        )
 
     async def _trim(self, services: Services, only_above: float) -> None:
         """Remove what is no longer needed: by age each hour (`only_above` 1.0), by size as soon as it gets tight."""
+    async def _account(self) -> None:
+        """Hourly: does what was received equal what is stored, dead and pending."""
+        if self._accounting is None:
+            return
+        try:
+            await self._accounting.check()
+        except (JournalError, DeadLettersError) as err:
+            log.warning("the hourly account could not be made: %s", err)
+
         journal = services.journal
         hourly = only_above == 1.0
         if not hourly and journal.used_bytes < journal.capacity_bytes * only_above:
@@ -229,7 +253,8 @@ class CloudServer:
         from fastapi import FastAPI, Response
 
         app = FastAPI(
-            title="Headgate", version="1", openapi_url="/v1/openapi.json", docs_url="/v1/docs", redoc_url=None
+            title="Headgate", version="1", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None
+        # No page of its own: FastAPI's loads its scripts from a public server.
         )
 
         async def healthz() -> Response:
@@ -290,6 +315,7 @@ class CloudServer:
             memory_bytes=_resident_bytes(),
         )
 
+            accounts=self._accounting.last if self._accounting is not None else NOT_YET,
 
 class SinkReady(msgspec.Struct, frozen=True):
     name: str
@@ -323,6 +349,18 @@ async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:
 
 def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:
     """The sinks that the configuration asks for; what a sink needs is imported only then."""
+def _accounting(services: Services) -> Accounting:
+    """With an operator of its own: what counts for seconds shares no connection with who asks something."""
+    from cloud.api.operator import Operator
+
+    operator = Operator(
+        services.config, dead_letters=services.dead_letters, journal=services.journal, runners=services.runners,
+        mysql=services.secrets.mysql,
+    )  # fmt: skip
+    services.on_close.push_async_callback(operator.close)
+    return Accounting(operator)
+
+
     data_dir = Path(config.server.data_dir)
     sinks: list[Sink] = []
     if config.embedded.enabled:

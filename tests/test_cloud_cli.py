@@ -124,7 +124,7 @@ def test_config_check_says_where_and_what(tmp_path: Path, text: str, said: str) 
     file = tmp_path / "cloud.toml"
     file.write_text(text)
     code, output = run("config", "check", str(file))
-    assert code == 1
+    assert code == 2
     assert said in output
     assert run("serve", "--config", str(file)) == (code, output)
 

@@ -384,7 +384,7 @@ class Operator:
     def _tallies(self) -> dict[str, Callable[[], Awaitable[Mapping[str, int]]]]:
         config = self._config
         found: dict[str, Callable[[], Awaitable[Mapping[str, int]]]] = {}
-        for store in self._stores():
+        for store in self._enabled():
             found[store] = self._tally_archive if store == "archive" else partial(self._tally_sql, store)
         influx = config.influxdb
         if influx is not None:
@@ -423,7 +423,12 @@ class Operator:
     # --- stores ---
 
     def _stores(self) -> list[Store]:
-        """That readings can be asked of, the first by default."""
+        """That readings can be asked of, the first by default. Raises `NotFound` where there is none."""
+        if not (found := self._enabled()):
+            raise NotFound("no store here can be asked: enable [embedded], [archive] or [mysql]")
+        return found
+
+    def _enabled(self) -> list[Store]:
         config = self._config
         found: list[Store] = []
         if config.embedded.enabled:
@@ -432,8 +437,6 @@ class Operator:
             found.append("mysql")
         if config.archive.enabled:
             found.append("archive")
-        if not found:
-            raise NotFound("no store here can be asked: enable [embedded], [archive] or [mysql]")
         return found
 
     def _registry(self, store: str) -> Registry:
@@ -464,7 +467,7 @@ class Operator:
 
     def _sql(self) -> Registry | None:
         """The store that knows gateways, devices and points."""
-        for store in self._stores():
+        for store in self._enabled():
             if store != "archive":
                 return self._registry(store)
         return None

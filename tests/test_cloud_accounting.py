@@ -1,0 +1,122 @@
+"""The hourly account, on a real server with its embedded store and archive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cloud import server as server_module
+from cloud.accounting import Accounting
+from cloud.api.models import FrameAccount, SinkAccount, Verdict
+from cloud.server import CloudServer
+from config.cloud import Archive, Cloud, Gateway, Server
+from tests.fakes.batches import GATEWAY, batch
+from tests.servers.process import free_port
+
+TOKEN = "a-token-that-is-long-enough"
+
+
+class Asked:
+    """A running server's metrics."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def metrics(self) -> dict[str, float]:
+        answer = await self._client.get("/metrics")
+        lines = (line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
+
+    async def until(self, said: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        async with asyncio.timeout(40):
+            while not said(found := await self.metrics()):  # noqa: ASYNC110 - asked over HTTP
+                await asyncio.sleep(0.1)
+        return found
+
+
+def of(name: str, sink: str) -> str:
+    return f'headgate_account_{name}{{gateway="plant-1",sink="{sink}",tenant="acme"}}'
+
+
+async def test_a_row_that_goes_from_a_store_is_missing_at_the_next_account_and_a_warning_names_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "ACCOUNT_FIRST_S", 0.1)
+    monkeypatch.setattr(server_module, "ACCOUNT_INTERVAL_S", 0.3)
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN)
+    server = CloudServer(
+        Cloud(
+            server=Server(data_dir=str(tmp_path / "data"), port=free_port(), drain_s=5.0),
+            gateway=[Gateway(tenant="acme", name="plant-1", token_file=str(token))],
+            archive=Archive(commit_interval_s=0.2),
+        )
+    )
+    task = asyncio.create_task(server.run())
+    await asyncio.wait(
+        [asyncio.create_task(server.started.wait()), task], return_when=asyncio.FIRST_COMPLETED
+    )
+    headers = {"Headgate-Gateway": GATEWAY, "Authorization": f"Bearer {TOKEN}"}
+    url = f"http://127.0.0.1:{server.address[1]}"
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20) as client:
+        asked = Asked(client)
+        for payload in (batch(1), batch(4), batch(4)):  # one of them twice
+            await client.post("/v1/ingest", content=payload)
+        stored = [of("stored", sink) for sink in ("embedded", "archive")]
+        found = await asked.until(lambda m: all(m.get(name) == 48 for name in stored))
+        assert found["headgate_account_ok"] == 1
+        assert found["headgate_account_checked_timestamp_seconds"] > 1.7e9
+        assert found['headgate_account_received_frames{gateway="plant-1",tenant="acme"}'] == 9
+        assert found['headgate_account_duplicate_frames{gateway="plant-1",tenant="acme"}'] == 3
+        for sink in ("embedded", "archive"):
+            told = {
+                name: found[of(name, sink)] for name in ("journaled", "dead", "pending", "missing", "doubled")
+            }
+            assert told == {"journaled": 48, "dead": 0, "pending": 0, "missing": 0, "doubled": 0}
+        assert not any("does not balance" in r.getMessage() for r in caplog.records)
+        with closing(sqlite3.connect(tmp_path / "data/readings.sqlite", timeout=20)) as db, db:
+            assert db.execute("DELETE FROM readings WHERE seq = 2 AND point_id = 1").rowcount == 1
+        found = await asked.until(lambda m: m["headgate_account_ok"] == 0)
+        assert found[of("missing", "embedded")] == 1
+        assert found[of("stored", "embedded")] == 47
+        assert found[of("missing", "archive")] == 0
+    server.stop()
+    await task
+    warned = [r for r in caplog.records if "does not balance" in r.getMessage()]
+    assert {r.levelno for r in warned} == {logging.WARNING}
+    assert "account of acme/plant-1 in sink embedded does not balance" in warned[0].getMessage()
+    assert "1 missing" in warned[0].getMessage()
+
+
+class Ledger:
+    """Says what it is told to."""
+
+    def __init__(self) -> None:
+        self.next = Verdict(True, [], [], [])
+
+    async def verify(self) -> Verdict:
+        return self.next
+
+
+async def test_a_sink_that_cannot_be_asked_keeps_its_last_account_and_is_counted() -> None:
+    def row(sink: str, stored: int) -> SinkAccount:
+        return SinkAccount(GATEWAY, sink, stored, stored, 0, 0, 0, 0, 0, 0, True)
+
+    ledger = Ledger()
+    accounting = Accounting(ledger, clock_s=lambda: 1234.5)
+    frames = [FrameAccount(GATEWAY, 3, 0, 3)]
+    ledger.next = Verdict(True, frames, [row("embedded", 8), row("mysql", 8)], [])
+    await accounting.check()
+    assert (accounting.last.ok, accounting.last.unasked, accounting.last.checked_at_s) == (True, 0, 1234.5)
+    ledger.next = Verdict(False, frames, [row("embedded", 16)], ["mysql: it is down"])
+    await accounting.check()
+    assert (accounting.last.ok, accounting.last.unasked) == (False, 1)
+    assert {(a.sink, a.stored) for a in accounting.last.rows} == {("embedded", 16), ("mysql", 8)}
