@@ -22,8 +22,8 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -32,8 +32,8 @@ from cloud.accounting import NOT_YET, Accounting
 from cloud.dead_letters import DeadLetters, DeadLettersError
 from cloud.http import Credentials, HttpDoor
 from cloud.intake import Intake
-from cloud.journal.sqlite import SqliteJournal
 from cloud.journal.contract import JournalError
+from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
 from cloud.runner import SinkRunner
@@ -53,9 +53,9 @@ TRIM_INTERVAL_S: Final = 3600.0
 PRESSURE_INTERVAL_S: Final = 5.0
 PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever `keep_hours` says
 TRIM_TO: Final = 0.75
-RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 ACCOUNT_INTERVAL_S: Final = 3600.0
 ACCOUNT_FIRST_S: Final = 60.0  #: after the start: the sinks are up by then
+RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
 HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
 
@@ -87,9 +87,9 @@ class CloudServer:
         self.address: tuple[str, int] = ("", 0)  #: where HTTP listens, once started
         self._stop = asyncio.Event()
         self._trimmed = 0
+        self._accounting: Accounting | None = None
         self._mqtt: MqttDoor | None = None
 
-        self._accounting: Accounting | None = None
     def stop(self) -> None:
         self._stop.set()
 
@@ -211,8 +211,6 @@ class CloudServer:
             name="pressure",
             **options,
         )
-        scheduler.start()
-        return lambda: scheduler.shutdown(wait=False)
         self._accounting = _accounting(services)
         scheduler.add_job(
             self._account,
@@ -222,9 +220,9 @@ class CloudServer:
             name="account",
             **options,
         )
+        scheduler.start()
+        return lambda: scheduler.shutdown(wait=False)
 
-    async def _trim(self, services: Services, only_above: float) -> None:
-        """Remove what is no longer needed: by age each hour (`only_above` 1.0), by size as soon as it gets tight."""
     async def _account(self) -> None:
         """Hourly: does what was received equal what is stored, dead and pending."""
         if self._accounting is None:
@@ -234,6 +232,8 @@ class CloudServer:
         except (JournalError, DeadLettersError) as err:
             log.warning("the hourly account could not be made: %s", err)
 
+    async def _trim(self, services: Services, only_above: float) -> None:
+        """Remove what is no longer needed: by age each hour (`only_above` 1.0), by size as soon as it gets tight."""
         journal = services.journal
         hourly = only_above == 1.0
         if not hourly and journal.used_bytes < journal.capacity_bytes * only_above:
@@ -252,9 +252,9 @@ class CloudServer:
     def _application(self, services: Services) -> FastAPI:
         from fastapi import FastAPI, Response
 
+        # No page of its own: FastAPI's loads its scripts from a public server.
         app = FastAPI(
             title="Headgate", version="1", openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None
-        # No page of its own: FastAPI's loads its scripts from a public server.
         )
 
         async def healthz() -> Response:
@@ -313,9 +313,9 @@ class CloudServer:
             dead_letters_dropped=(await services.dead_letters.state()).dropped,
             trimmed=self._trimmed,
             memory_bytes=_resident_bytes(),
+            accounts=self._accounting.last if self._accounting is not None else NOT_YET,
         )
 
-            accounts=self._accounting.last if self._accounting is not None else NOT_YET,
 
 class SinkReady(msgspec.Struct, frozen=True):
     name: str
@@ -347,8 +347,6 @@ async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:
                     await stop.wait()
 
 
-def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:
-    """The sinks that the configuration asks for; what a sink needs is imported only then."""
 def _accounting(services: Services) -> Accounting:
     """With an operator of its own: what counts for seconds shares no connection with who asks something."""
     from cloud.api.operator import Operator
@@ -361,6 +359,8 @@ def _accounting(services: Services) -> Accounting:
     return Accounting(operator)
 
 
+def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:
+    """The sinks that the configuration asks for; what a sink needs is imported only then."""
     data_dir = Path(config.server.data_dir)
     sinks: list[Sink] = []
     if config.embedded.enabled:
