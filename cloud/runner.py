@@ -55,6 +55,7 @@ RETRY_CAP_S: Final = 30.0  #: a store that comes back is used within this time: 
 BROKEN_RETRY_S: Final = 60.0
 MAINTAIN_S: Final = 3_600.0
 REPLAY_WAIT_S: Final = 10.0  #: how long a replay waits for its turn
+CLOSE_S: Final = 6.0  #: after its time to drain, how long a sink may take to let go (a SQL transaction: 5 s)
 MAX_FAILURES: Final = 16  #: records that a sink may fail on in one call before it is the sink that is broken
 
 Word: TypeAlias = Literal["starting", "running", "retrying", "broken", "stopped"]
@@ -212,7 +213,9 @@ class SinkRunner:
         await asyncio.wait((task,), timeout=max(0.0, deadline_s))
         if not task.done():
             task.cancel()
-            await asyncio.wait((task,))
+            await asyncio.wait(
+                (task,), timeout=CLOSE_S
+            )  # a store that is silent may hold a thread for longer
         return await self._caught_up()
 
     async def replay(self, ids: Sequence[int]) -> Replayed:

@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ ACCOUNT_INTERVAL_S: Final = 3600.0
 ACCOUNT_FIRST_S: Final = 60.0  #: after the start: the sinks are up by then
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
+LEAVE_S: Final = 2.0  #: when all is closed, how long threads that wait for a silent store may hold up the end
 HTTP_GRACE_S: Final = 3.0  #: requests under way at shutdown
 
 
@@ -457,8 +459,19 @@ def serve(config: Cloud) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for every connected gateway
     os.umask(0o077)  # what gateways measure is nobody else's business
+    leaving = threading.Timer(LEAVE_S, _leave)
+    leaving.daemon = True
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_until_signal(config))
+        leaving.start()  # the loop's end waits for every thread
+    leaving.cancel()
+
+
+def _leave() -> None:
+    """All is closed; what a sink was still doing is in the journal, as after any other end."""
+    log.warning("a store still holds a thread: leaving without it")
+    logging.shutdown()
+    os._exit(0)
 
 
 async def _until_signal(config: Cloud) -> None:

@@ -30,7 +30,7 @@ class Server(_Strict, frozen=True, kw_only=True):
     tls_cert_file: Text | None = None  #: required where `host` is not loopback
     tls_key_file: Text | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    drain_s: Annotated[float, Meta(ge=0, le=600)] = 30.0  #: SIGTERM: how long the sinks may take to finish
+    drain_s: Annotated[float, Meta(ge=0, le=600)] = 20.0  #: SIGTERM: how long the sinks may take to finish
     operator_token_file: Text | None = None  #: the operator's API refuses everybody where no token is given
     operator_token_env: Text | None = None
 

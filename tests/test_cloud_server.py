@@ -21,8 +21,8 @@ import trustme
 
 import config.agent
 from cloud import server as server_module
-from cloud.runner import SinkRunner
-from cloud.server import CloudServer
+from cloud.runner import CLOSE_S, SinkRunner
+from cloud.server import LEAVE_S, CloudServer
 from cloud.sinks.contract import Record, RetryLater, Settled
 from config.cloud import Archive, Cloud, Embedded, Gateway, JournalSettings, Server
 from sync.https import HttpsUplink
@@ -336,6 +336,30 @@ def test_a_sink_that_answers_nothing_costs_neither_memory_nor_the_doors(
         [sink] = json.loads(up.ask("/readyz"))["sinks"]
         assert sink["name"] == "mysql"
         assert sink["state"] != "running"
+
+
+def test_a_store_that_falls_silent_holds_up_the_end_by_no_more_than_it_may(
+    served: Callable[..., Served],
+) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as mute:  # takes connections, never says a word
+        up = served()
+        token = up.folder / "token"
+        port = mute.getsockname()[1]
+        up.config.write_text(
+            up.config.read_text().replace("drain_s = 20.0", "drain_s = 1.0")
+            + f'[archive]\nendpoint = "http://127.0.0.1:{port}"\nbucket = "archive"\n'
+            f'access_key_file = "{token}"\nsecret_key_file = "{token}"\n'
+        )
+        up.start()
+        mute.settimeout(30)
+        asked, _ = mute.accept()  # the archive waits for an answer now, for as long as it waits for any
+        started = time.monotonic()
+        assert up.end(timeout_s=90) == 0
+        assert time.monotonic() - started < 1.0 + CLOSE_S + LEAVE_S + 5.0  # and what a busy machine takes
+        asked.close()
+    assert "a store still holds a thread" in up.log.read_text()
 
 
 # --- in this process, with sinks that do as they are told ---
