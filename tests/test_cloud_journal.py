@@ -306,6 +306,23 @@ def test_while_the_disk_refuses_writes_nothing_is_acknowledged_and_it_goes_on_af
 # --- damage ---
 
 
+async def test_a_folder_that_cannot_be_looked_into_does_not_end_the_writer(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    journal = SqliteJournal(folder / "j.db", commit_interval_s=0.0)
+    await journal.open()
+    folder.rename(tmp_path / "elsewhere")
+    folder.write_text("a file: to ask for the size of the WAL is refused, also to root")
+    async with asyncio.timeout(20):
+        for n in range(1, 40):
+            assert (await journal.append([entry(n, n)]))[0].offset == n
+    with pytest.raises(JournalBroken, match="cannot be read"):
+        await journal.state()
+    folder.unlink()
+    (tmp_path / "elsewhere").rename(folder)
+    assert (await journal.state()).last_offset == 39
+    await journal.close()
+
+
 def damage(path: Path, offset: int, column: str, value: object) -> None:
     """Change one column as a flipped bit would: without anybody's knowledge."""
     db = sqlite3.connect(path)

@@ -516,7 +516,7 @@ class SqliteJournal:
     def _wal_size(self) -> int:
         try:
             return Path(f"{self.path}-wal").stat().st_size
-        except FileNotFoundError:
+        except OSError:  # not there, or its folder cannot be looked into: to ask must not end the writer
             return 0
 
     def _tidy_wal(self, db: sqlite3.Connection) -> None:
@@ -533,10 +533,11 @@ class SqliteJournal:
                 f"{self.path}: {type(err).__name__}: {err}; a fault of ours (nothing was acknowledged)"
             )
         code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL or (
-            code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
-        ):
-            return self._refusal()
+        with contextlib.suppress(OSError):  # a disk so broken that it does not tell its room is not full
+            if code == sqlite3.SQLITE_FULL or (
+                code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
+            ):
+                return self._refusal()
         return JournalBroken(
             f"{self.path}: {err}; check the disk and its permissions (nothing was acknowledged)"
         )
@@ -553,7 +554,12 @@ class SqliteJournal:
             db = self._idle.pop()
         except IndexError:
             uri = f"file:{quote(str(self.path))}?mode=ro"
-            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0)
+            try:
+                db = sqlite3.connect(
+                    uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
+                )
+            except sqlite3.Error as err:  # no descriptor left, or the file is out of reach
+                raise JournalBroken(f"{self.path}: {err}; the journal cannot be read") from err
             db.text_factory = _lenient
         try:
             return work(db)
