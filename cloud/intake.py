@@ -142,7 +142,10 @@ class Intake:
         ):
             self._metrics.retry["busy"] += 1
             return busy(head)
-        return Entry(head.gateway, head.epoch, head.first, head.last, head.readings, now_ns, payload)
+        # A microsecond apart: where a gateway's clock cannot be true, scans are timed from the receipt
+        # (`cloud.decode`), and InfluxDB keeps one of those that share a microsecond and the end of their seq.
+        received_ns = now_ns + waiting * 1000
+        return Entry(head.gateway, head.epoch, head.first, head.last, head.readings, received_ns, payload)
 
     def _refuse(self, claim: tuple[int, int, int], code: str, text: str) -> Nack:
         self._metrics.refused[code] += 1

@@ -10,11 +10,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cloud.decode import Decoder
 from cloud.intake import MAX_STATE_BYTES, Arrival, Intake, StateError, Verdict, merge
 from cloud.journal.contract import Appended, Entry, JournalBroken, JournalFull
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
-from sync.wire import Ack, Nack, Reply, decode_reply, encode_reply
+from cloud.sinks.contract import ScanRecord
+from cloud.sinks.line_protocol import stamp
+from drivers.contract import Point, Scan, ValueType
+from sync.wire import (
+    Ack,
+    ClockRow,
+    Nack,
+    Packing,
+    Reply,
+    decode_reply,
+    encode_reply,
+    encode_scan,
+    layout_of,
+    seal,
+)
 from tests.fakes.batches import EPOCH, GATEWAY, batch, forged, from_the_future, largest_batch, spoilt
 
 NOW_NS = 1_800_000_000 * 10**9
@@ -68,6 +83,32 @@ async def test_an_ack_names_the_batch_and_the_clouds_time_and_the_journal_has_th
     assert entry.payload == sent
     assert (entry.gateway, entry.epoch, entry.first, entry.last, entry.readings) == (GATEWAY, EPOCH, 1, 5, 40)
     assert entry.received_at_ns == NOW_NS
+
+
+async def test_batches_that_come_together_are_told_apart_by_a_microsecond(bench: Bench) -> None:
+    # Scans of a gateway without a clock are timed from the receipt: InfluxDB would keep one of two with the same time.
+    await bench.replies(batch(1, 500), batch(501, 500), batch(1001, 500))
+    entries = await bench.journal.read(0, max_entries=10, max_bytes=2**20)
+    assert [e.received_at_ns for e in entries] == [NOW_NS, NOW_NS + 1000, NOW_NS + 2000]
+    layout = layout_of("pump", "modbus", "flow", [Point(name="v", type=ValueType.F64)])
+    packing = Packing(layout)
+    scans = [
+        encode_scan(packing, Scan(n * 10**9, (Point(name="v", type=ValueType.F64),), (float(n),)), 1)
+        for n in range(1, 2001)
+    ]
+    stopped = [ClockRow(1, "boot", 0, 0, synchronized=False)]  # 1970
+    at = [
+        seal(GATEWAY, EPOCH + 1, n, scans[n - 1 : n + 499], [layout], stopped, 500).payload
+        for n in (1, 501, 1001, 1501)
+    ]
+    await bench.replies(*at)
+    records = [
+        record
+        for entry in await bench.journal.read(3, max_entries=10, max_bytes=2**20)
+        for record in Decoder().decode(entry).records
+        if isinstance(record, ScanRecord)
+    ]
+    assert len({stamp(record.taken_at_ns, record.seq) for record in records}) == 2000
 
 
 class Slow(SqliteJournal):
