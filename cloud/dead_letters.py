@@ -261,6 +261,8 @@ class DeadLetters:
                         len(entry.payload),
                     ),
                 )  # fmt: skip
+                # The same refusal in other bytes (sealed by another zstd): the letter keeps those it has.
+                db.execute(_DROP_UNUSED, (digest,))
             self._make_room(db)
 
     def _make_room(self, db: sqlite3.Connection) -> None:
@@ -348,6 +350,10 @@ _COLUMNS: Final = (
     " size_bytes"
 )
 
+_DROP_UNUSED: Final = (
+    "DELETE FROM payloads WHERE digest = ?1 AND NOT EXISTS (SELECT 1 FROM letters WHERE digest = ?1)"
+)
+
 
 def _letter(row: Sequence[object]) -> Letter:
     values = list(row)
@@ -370,11 +376,7 @@ def _remove(db: sqlite3.Connection, ids: Sequence[int]) -> int:
         row = db.execute("DELETE FROM letters WHERE id = ? RETURNING digest", (letter_id,)).fetchone()
         if row is not None:
             removed += 1
-            db.execute(
-                "DELETE FROM payloads WHERE digest = ?1 AND NOT EXISTS"
-                " (SELECT 1 FROM letters WHERE digest = ?1)",
-                row,
-            )
+            db.execute(_DROP_UNUSED, row)
     return removed
 
 

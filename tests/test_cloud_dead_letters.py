@@ -87,6 +87,13 @@ async def test_the_same_refusal_is_one_letter(letters: DeadLetters) -> None:
     ]
 
 
+async def test_the_same_refusal_in_other_bytes_takes_no_room(letters: DeadLetters) -> None:
+    await letters.add([letter(5)])
+    alone = (await letters.state()).size_bytes
+    await letters.add([letter(5, padding=n) for n in range(1, 20)])
+    assert ((await letters.state()).letters, (await letters.state()).size_bytes) == (1, alone)
+
+
 async def test_letters_are_listed_by_sink_and_gateway_page_by_page(letters: DeadLetters) -> None:
     await letters.add([letter(n) for n in range(1, 8)] + [letter(8, sink="influxdb")])
     await letters.add([NewLetter("mysql", entry(9, gateway="acme/plant-2"), "too hot", 2)])
