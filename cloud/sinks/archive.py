@@ -50,7 +50,7 @@ from sync.wire import Layout, layout_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from deltalake import DeltaTable
+    from deltalake import DeltaTable, WriterProperties
 
     from cloud.sinks.archive_columns import Partition
     from cloud.sinks.minio import Bucket
@@ -67,6 +67,8 @@ VACUUM_MIN_HOURS: Final = 168.0  #: a reader may hold a version for a week
 NS_PER_DAY: Final = 86_400_000_000_000
 NS_PER_HOUR: Final = 3_600_000_000_000
 
+#: Columns by which rows are sought: these have statistics, so that a reader passes over what it does not need.
+_SOUGHT: Final = frozenset(("gateway", "device", "point", "taken_at", "taken_at_ns", "epoch", "seq"))
 _CREDENTIALS: Final = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403 Forbidden")
 _FOR_A_HUMAN: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -394,7 +396,11 @@ class Table:
     def compact(self) -> None:
         """Joins small files. Readers see the same rows throughout."""
         with self._foreign():
-            done = self._opened.optimize.compact(target_size=FILE_BYTES, max_concurrent_tasks=1)
+            done = self._opened.optimize.compact(
+                target_size=FILE_BYTES,
+                max_concurrent_tasks=1,
+                writer_properties=_joined_properties(self._schema),
+            )
             self._store.settle(self.name)
         if done["numFilesRemoved"]:
             log.info("archive: %s: %s files joined to %s",
@@ -416,11 +422,26 @@ class Table:
 
     def _file(self, partition: Partition, rows: pa.Table) -> _File:
         """The rows as Parquet in memory, with what a reader needs to pass the file over."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         data = io.BytesIO()
-        # zstd at level 1 is smaller than snappy and costs no more; readers do not need pyarrow's own schema.
-        pq.write_table(rows, data, compression="zstd", compression_level=1, store_schema=False)
+        names = rows.column_names
+        pq.write_table(
+            rows,
+            data,
+            compression="zstd",  # at level 1 smaller than snappy, and no slower
+            compression_level=1,
+            # Times and counters as differences: a tenth of the room, in less time than a dictionary is tried in vain.
+            column_encoding=dict.fromkeys(_counters(rows.schema), "DELTA_BINARY_PACKED"),
+            use_dictionary=[
+                name
+                for name in names
+                if pa.types.is_dictionary(rows.schema.field(name).type) or name == "value"
+            ],
+            write_statistics=[name for name in names if name in _SOUGHT],
+            store_schema=False,  # readers need not know that pyarrow wrote it
+        )
         day = date_of(partition[0]).isoformat()
         path = f"day={day}/tenant={partition[1]}/part-{uuid.uuid4()}.zstd.parquet"
         return _File(path, {"day": day, "tenant": partition[1]}, data.getbuffer(), _stats(rows))
@@ -446,6 +467,24 @@ class Table:
             raise
 
 
+def _counters(schema: pa.Schema) -> list[str]:
+    import pyarrow as pa
+
+    return [
+        field.name for field in schema if pa.types.is_int64(field.type) or pa.types.is_timestamp(field.type)
+    ]
+
+
+def _joined_properties(schema: pa.Schema) -> WriterProperties:
+    """The same choices as in `Table._file`, for the files that deltalake writes."""
+    from deltalake import ColumnProperties, WriterProperties
+
+    counter = ColumnProperties(dictionary_enabled=False, encoding="DELTA_BINARY_PACKED")
+    return WriterProperties(
+        compression="ZSTD", compression_level=1, column_properties=dict.fromkeys(_counters(schema), counter)
+    )
+
+
 class _File(msgspec.Struct, frozen=True):
     path: str
     partition: dict[str, str | None]
@@ -460,10 +499,10 @@ def _stats(rows: pa.Table) -> str:
 
     low: dict[str, str | int] = {}
     high: dict[str, str | int] = {}
-    for name in ("gateway", "device", "point", "taken_at_ns", "epoch", "seq"):
-        if name not in rows.column_names:
+    for name in rows.column_names:
+        if name not in _SOUGHT or name == "taken_at":
             continue
-        column = rows.column(name).combine_chunks()
+        column = rows.column(name).chunk(0)  # a table as `archive_columns` builds it has one
         if pa.types.is_dictionary(column.type):
             column = column.dictionary  # every word of it stands in some row
         found = pc.min_max(column).as_py()

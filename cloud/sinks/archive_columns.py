@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 import msgspec
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cloud.sinks.contract import EventRecord, GapRecord, ScanRecord
-from drivers.contract import Quality, Reason
+from drivers.contract import Quality, Reason, Value
 from sync.wire import Layout
 
 NS_PER_DAY: Final = 86_400_000_000_000
@@ -76,24 +76,6 @@ class _Scans:
         self.scans: list[ScanRecord] = []
 
 
-class _Words:
-    """Strings by number, for a dictionary column."""
-
-    __slots__ = ("_numbers",)
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, word: str) -> int:
-        return self._numbers.setdefault(word, len(self._numbers))
-
-    def numbers(self, words: Iterable[str]) -> npt.NDArray[np.int32]:
-        return np.array([self.number(word) for word in words], np.int32)
-
-    def column(self, numbers: npt.NDArray[np.int32]) -> pa.Array:
-        return pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(list(self._numbers), pa.string()))
-
-
 def partition_of(record: ScanRecord | GapRecord | EventRecord) -> Partition:
     if isinstance(record, ScanRecord):
         at_ns = record.taken_at_ns
@@ -105,8 +87,12 @@ def partition_of(record: ScanRecord | GapRecord | EventRecord) -> Partition:
 def readings(scans: Sequence[ScanRecord]) -> dict[Partition, pa.Table]:
     """The rows of these scans by partition, without the partition's own columns."""
     parted: dict[Partition, dict[tuple[str, int, int], _Scans]] = {}
+    groups: dict[tuple[str, int, int], _Scans] = {}
+    current: Partition = (-1, "")
     for scan in scans:
-        groups = parted.setdefault((scan.taken_at_ns // NS_PER_DAY, scan.tenant), {})
+        partition = (scan.taken_at_ns // NS_PER_DAY, scan.tenant)
+        if partition != current:  # mostly the same as the one before
+            groups, current = parted.setdefault(partition, {}), partition
         key = (scan.gateway, scan.epoch, scan.layout_id)
         group = groups.get(key)
         if group is None:
@@ -116,58 +102,82 @@ def readings(scans: Sequence[ScanRecord]) -> dict[Partition, pa.Table]:
 
 
 def _readings(groups: Sequence[_Scans]) -> pa.Table:
-    points, units, types = _Words(), _Words(), _Words()
-    gateways, devices, measurements, labels = _Words(), _Words(), _Words(), _Words()
+    """Per group only what differs in shape; every column is then one look-up by scan, point or group."""
+    scans: list[ScanRecord] = []
+    names: list[str] = []
+    units: list[str] = []
+    types: list[str] = []
+    first_point: dict[int, int] = {}
     values: list[npt.NDArray[np.float64]] = []
-    reasons: list[npt.NDArray[np.int16]] = []
-    columns: list[tuple[list[npt.NDArray[np.int32]], _Words]] = [([], points), ([], units), ([], types)]
-    scan_columns: list[list[Ints]] = [[], [], [], [], [], []]
-    texts: dict[int, str] = {}
+    by_scan: list[Ints] = []
+    by_point: list[Ints] = []
     sizes: list[int] = []
+    texts: dict[int, str] = {}
+    bad: list[tuple[int, int, ScanRecord]] = []
     row = 0
     for group in groups:
-        scans, layout = group.scans, group.layout
-        n, m = len(scans), len(layout.names)
-        values.append(_values(scans, layout, texts, row))
-        reasons.append(_reasons(scans, layout, values[-1], n, m))
-        for (numbers, words), names in zip(columns, (layout.names, layout.units, layout.types), strict=True):
-            numbers.append(np.repeat(words.numbers(names), n))
-        for held, column in zip(scan_columns, _per_scan(scans), strict=True):
-            held.append(np.tile(column, m))
+        layout, theirs = group.layout, group.scans
+        n, m = len(theirs), len(layout.names)
+        known = first_point.setdefault(id(layout), len(names))
+        if known == len(names):
+            names += layout.names
+            units += layout.units
+            types += layout.types
+        values.append(_values(theirs, layout, texts, row))
+        by_scan.append(np.tile(np.arange(len(scans), len(scans) + n), m))
+        by_point.append(np.repeat(np.arange(known, known + m), n))
+        bad += [(row + k, n, scan) for k, scan in enumerate(theirs) if scan.reasons]
+        scans += theirs
         sizes.append(n * m)
         row += n * m
+    value = np.concatenate(values)
+    at_scan, at_point = np.concatenate(by_scan), np.concatenate(by_point)
+    at_group = np.repeat(np.arange(len(groups)), sizes)
+    reason = _reasons(bad, value, texts)
 
-    def spread(words: _Words, of: Iterable[str]) -> pa.Array:
-        return words.column(np.repeat(words.numbers(of), sizes))
+    def of_scan(column: list[int]) -> Ints:
+        return np.array(column, np.int64)[at_scan]
 
-    value, reason = np.concatenate(values), np.concatenate(reasons)
-    taken, seq, received, synchronized, boot, boot_ns = (np.concatenate(held) for held in scan_columns)
-    bad = reason != 0
+    def of_point(words: list[str]) -> pa.Array:
+        return _dictionary(words, at_point)
+
+    def of_group(words: list[str]) -> pa.Array:
+        return _dictionary(words, at_group)
+
+    taken = of_scan([scan.taken_at_ns for scan in scans])
+    boot_ns = of_scan([scan.boot_ns for scan in scans])
     without = boot_ns == 0
     built = {
-        "gateway": spread(gateways, (group.gateway for group in groups)),
-        "device": spread(devices, (group.layout.device for group in groups)),
-        "point": points.column(np.concatenate(columns[0][0])),
+        "gateway": of_group([group.gateway for group in groups]),
+        "device": of_group([group.layout.device for group in groups]),
+        "point": of_point(names),
         "taken_at": _times(taken),
         "taken_at_ns": pa.array(taken),
-        "epoch": pa.array(np.repeat(np.array([group.epoch for group in groups], np.int64), sizes)),
-        "seq": pa.array(seq),
+        "epoch": pa.array(np.array([group.epoch for group in groups], np.int64)[at_group]),
+        "seq": pa.array(of_scan([scan.seq for scan in scans])),
         "value": pa.array(value, mask=np.isnan(value)),
         "text": _sparse(texts, row),
         "quality": pa.DictionaryArray.from_arrays(pa.array(_QUALITY_INDEX[reason]), pa.array(_QUALITY_WORDS)),
         "reason": pa.DictionaryArray.from_arrays(
-            pa.array(_REASON_INDEX[reason], mask=~bad), pa.array(_REASON_WORDS)
+            pa.array(_REASON_INDEX[reason], mask=reason == 0), pa.array(_REASON_WORDS)
         ),
-        "unit": units.column(np.concatenate(columns[1][0])),
-        "type": types.column(np.concatenate(columns[2][0])),
-        "measurement": spread(measurements, (group.layout.measurement for group in groups)),
-        "labels": spread(labels, (_labels(group.layout) for group in groups)),
-        "received_at": _times(received),
-        "clock_synchronized": pa.array(synchronized.astype(bool)),
-        "boot": pa.array(boot, mask=without),
+        "unit": of_point(units),
+        "type": of_point(types),
+        "measurement": of_group([group.layout.measurement for group in groups]),
+        "labels": of_group([_labels(group.layout) for group in groups]),
+        "received_at": _times(of_scan([scan.received_at_ns for scan in scans])),
+        "clock_synchronized": pa.array(of_scan([scan.clock_synchronized for scan in scans]).astype(bool)),
+        "boot": pa.array(of_scan([scan.boot for scan in scans]), mask=without),
         "boot_ns": pa.array(boot_ns, mask=without),
     }
     return pa.table(built)
+
+
+def _dictionary(words: Sequence[str], at: Ints) -> pa.Array:
+    """`words[at]`, each different word once."""
+    numbers: dict[str, int] = {}
+    index = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(index[at]), pa.array(list(numbers), pa.string()))
 
 
 def _values(
@@ -175,52 +185,40 @@ def _values(
 ) -> npt.NDArray[np.float64]:
     """Point by point, NaN where there is none. What a double does not hold goes to `texts` by row."""
     n = len(scans)
+    numbers: list[Sequence[Value | None]] = [scan.values for scan in scans]
     strings = [i for i, kind in enumerate(layout.types) if kind == "str"]
-    wide = [i for i, kind in enumerate(layout.types) if kind in ("i64", "u64")]
-    rows = [scan.values for scan in scans]
     if strings:
-        numbers = [list(values) for values in rows]
+        copies = [list(values) for values in numbers]
         for i in strings:
-            for k, values in enumerate(numbers):
+            for k, values in enumerate(copies):
                 text = values[i]
                 values[i] = None
                 if text is not None:
                     texts[row + i * n + k] = str(text)
-    else:
-        numbers = rows  # type: ignore[assignment]  # read only from here on
-    for i in wide:
-        for k, values in enumerate(numbers):
-            number = values[i]
-            if isinstance(number, int) and not -_EXACT_BELOW <= number <= _EXACT_BELOW:
-                texts[row + i * n + k] = str(number)
+        numbers = list(copies)
+    for i, kind in enumerate(layout.types):
+        if kind in ("i64", "u64"):
+            for k, column in enumerate(numbers):
+                number = column[i]
+                if isinstance(number, int) and not -_EXACT_BELOW <= number <= _EXACT_BELOW:
+                    texts[row + i * n + k] = str(number)
     return np.array(numbers, np.float64).T.ravel()
 
 
 def _reasons(
-    scans: Sequence[ScanRecord], layout: Layout, values: npt.NDArray[np.float64], n: int, m: int
+    bad: Sequence[tuple[int, int, ScanRecord]], values: npt.NDArray[np.float64], texts: dict[int, str]
 ) -> npt.NDArray[np.int16]:
-    found = np.zeros((m, n), np.int16)
-    for k, scan in enumerate(scans):
-        if scan.reasons:
-            found[list(scan.reasons), k] = list(scan.reasons.values())
-    # A reading without a value has a reason, whoever forgot to give one; a string's value stands in `text`.
-    missing = np.isnan(values).reshape(m, n) & (found == 0)
-    for i, kind in enumerate(layout.types):
-        if kind == "str":
-            missing[i] = [scan.values[i] is None and not found[i, k] for k, scan in enumerate(scans)]
-    found[missing] = Reason.MISSING
-    return found.ravel()
-
-
-def _per_scan(scans: Sequence[ScanRecord]) -> tuple[Ints, ...]:
-    return (
-        np.array([scan.taken_at_ns for scan in scans], np.int64),
-        np.array([scan.seq for scan in scans], np.int64),
-        np.array([scan.received_at_ns for scan in scans], np.int64),
-        np.array([scan.clock_synchronized for scan in scans], np.int64),
-        np.array([scan.boot for scan in scans], np.int64),
-        np.array([scan.boot_ns for scan in scans], np.int64),
-    )
+    """By row. `bad` are the scans with reasons: the row of their first point, and how far it is to the next."""
+    found = np.zeros(len(values), np.int16)
+    for row, step, scan in bad:
+        found[[row + i * step for i in scan.reasons]] = list(scan.reasons.values())
+    # A reading without a value has a reason, whoever forgot to give one; a string's value stands in `texts`.
+    missing = np.isnan(values) & (found == 0)
+    if missing.any():
+        if texts:
+            missing[list(texts)] = False
+        found[missing] = Reason.MISSING
+    return found
 
 
 def _times(ns: Ints) -> pa.Array:

@@ -59,6 +59,7 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._settled: dict[str, set[str]] = {}
+        self._durable: set[Path] = set()  # put and synced since the last `settle`
 
     def address(self, table: str) -> str:
         return str(self._folder / table)
@@ -79,6 +80,7 @@ class FolderStore:
         _sync_folder(target.parent)
         for folder in made:
             _sync_folder(folder)
+        self._durable.add(target)
 
     def has(self, table: str, path: str) -> bool:
         return (self._folder / table / path).exists()
@@ -94,7 +96,7 @@ class FolderStore:
         new = names - known if known is not None else _newest(names)
         if not new:
             return
-        folders = {folder, root, self._folder}
+        folders = {folder} if known is not None else {folder, root, self._folder}
         for name in sorted(new):
             entry = folder / name
             if not entry.is_file():
@@ -103,13 +105,15 @@ class FolderStore:
                 for action in _actions(entry):
                     if action.add:
                         file = root / unquote(action.add.path)
-                        _sync_file(file)
-                        folders.add(file.parent)
+                        if file not in self._durable:
+                            _sync_file(file)
+                            folders.add(file.parent)
             _sync_file(entry)
         for one in folders:
             _sync_folder(one)
         # `_last_checkpoint` is written anew each time; that it is torn only costs a listing (Delta protocol)
         self._settled[table] = names - {"_last_checkpoint"}
+        self._durable.clear()
 
     def mend(self, table: str) -> None:
         self._settled.pop(table, None)
