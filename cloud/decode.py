@@ -8,8 +8,8 @@ Rules:
 4. A time that cannot be true never blocks and is never passed on as true. Where the gateway's clock gives a time
    before 2000, or more than a day after the batch was received, or none at all, the scan's time is estimated: the
    newest scan of that boot in the batch was taken when the batch was received, the others as much earlier as the boot
-   clock says; `clock_synchronized` is false. A clock that runs ahead by more than `SKEW_FLAG_NS` keeps its time and is
-   flagged in the same way.
+   clock says; `clock_synchronized` is false. A clock that runs ahead by more than `limits.skew_alarm_s` keeps its time
+   and is flagged in the same way.
 5. A value that is not a number never reaches a sink: it becomes no value with its reason.
 """
 
@@ -24,6 +24,7 @@ import msgspec
 
 from cloud.journal.contract import Range, Stored
 from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord
+from cloud.skew import Skews
 from drivers.contract import Reason, Value
 from sync.wire import (
     MAX_EPOCH,
@@ -46,7 +47,6 @@ from sync.wire import (
 NS_PER_S: Final = 1_000_000_000
 EARLIEST_NS: Final = 946_684_800 * NS_PER_S  #: 2000-01-01: no gateway of ours is older
 AHEAD_NS: Final = 86_400 * NS_PER_S  #: a time this far after the receipt is not believed
-SKEW_FLAG_NS: Final = 300 * NS_PER_S  #: a clock ahead by more is flagged
 MAX_LAYOUTS: Final = 4_096  #: compiled layouts kept; above it the oldest goes and is compiled again when met
 
 _FLOATS: Final = frozenset(("f32", "f64"))
@@ -73,7 +73,8 @@ class Decoded(msgspec.Struct, frozen=True):
 class Decoder:
     """Decodes entries; keeps each layout's compiled form by its id. One per sink runner; not for several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, skews: Skews | None = None) -> None:
+        self.skews = skews or Skews()
         self._compiled: dict[int, _Compiled] = {}
 
     def decode(self, stored: Stored) -> Decoded:
@@ -86,6 +87,7 @@ class Decoder:
         for first, last in stored.fresh:
             for seq in range(first, last + 1):
                 batch.take(seq)
+        self.skews.note(stored.gateway, stored.offset, stored.received_at_ns, batch.ahead_ns)
         return Decoded(batch.records, batch.poison)
 
     def compiled(self, layout: Layout) -> _Compiled:
@@ -151,10 +153,12 @@ class _Batch:
     def __init__(self, decoder: Decoder, stored: Stored, body: Body, first: int) -> None:
         self.records: list[Record] = []
         self.poison: list[Poison] = []
+        self.ahead_ns = 0  #: the gateway's clock before ours, at most
         self._decoder = decoder
         self._stored = stored
         self._body = body
         self._first = first
+        self._limit_ns = decoder.skews.limit_ns
         self._clocks = wall_clock(body.clocks)
         self._tenant, _, self._gateway = stored.gateway.partition("/")
         self._newest: dict[int, int] = {}
@@ -210,13 +214,16 @@ class _Batch:
     def _wall(self, boot: int, boot_ns: int) -> tuple[int, bool]:
         """UTC and whether the gateway's clock vouches for it (rule 4)."""
         row = self._clocks.get(boot)
-        ahead_ns = self._stored.received_at_ns
+        received_ns = self._stored.received_at_ns
         if row is not None:
             wall_ns = row.wall_ns + boot_ns - row.boot_ns
-            if EARLIEST_NS <= wall_ns <= ahead_ns + AHEAD_NS:
-                return wall_ns, row.synchronized and wall_ns <= ahead_ns + SKEW_FLAG_NS
-        estimate_ns = ahead_ns - (self._newest_of(boot) - boot_ns)
-        return (estimate_ns if EARLIEST_NS <= estimate_ns <= ahead_ns else ahead_ns), False
+            ahead_ns = wall_ns - received_ns
+            if ahead_ns > self.ahead_ns:
+                self.ahead_ns = ahead_ns
+            if wall_ns >= EARLIEST_NS and ahead_ns <= AHEAD_NS:
+                return wall_ns, row.synchronized and ahead_ns <= self._limit_ns
+        estimate_ns = received_ns - (self._newest_of(boot) - boot_ns)
+        return (estimate_ns if EARLIEST_NS <= estimate_ns <= received_ns else received_ns), False
 
     def _newest_of(self, boot: int) -> int:
         """The boot clock of the newest frame of this boot in the batch, fresh or not. Only a wrong clock needs it."""

@@ -106,6 +106,8 @@ class Gauges:
     dead_letters_dropped: int = 0
     trimmed: int = 0
     memory_bytes: int = 0
+    new_series_refused: tuple[tuple[str, int], ...] = ()  #: (gateway, readings), by every sink that asked
+    skewed_batches: tuple[tuple[str, int], ...] = ()  #: (gateway, batches)
     accounts: Accounts = NOT_YET
 
 
@@ -211,6 +213,17 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "headgate_journal_trimmed", "Journal entries removed by trim.", value=gauges.trimmed
     )
+    by_gateway = [
+        ("new_series_refused", "Readings to the dead letters for too many new series; each sink counts its own.",
+         gauges.new_series_refused),
+        ("clock_skewed_batches", "Batches of a gateway whose clock was ahead by more than limits.skew_alarm_s.",
+         gauges.skewed_batches),
+    ]  # fmt: skip
+    for name, text, numbers in by_gateway:
+        family = CounterMetricFamily(f"headgate_{name}", text, labels=["tenant", "gateway"])
+        for gateway, number in numbers:
+            family.add_metric(gateway.split("/"), number)
+        yield family
     yield from _accounted(gauges.accounts)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from cloud.sinks.contract import ScanRecord
 from drivers.contract import Quality, Reason
 from sync.wire import Layout
+
+log = logging.getLogger(__name__)
 
 NAME_CHARS: Final = 255  #: device, driver, measurement, point
 UNIT_CHARS: Final = 64
@@ -662,7 +665,8 @@ class SeriesGuard:
         self._refused: dict[tuple[str, str, int], tuple[int, tuple[int, ...]]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._db: sqlite3.Connection | None = None
-        self.refused_total: dict[str, int] = {}  #: readings refused, per gateway: an alarm
+        self.refused_total: dict[str, int] = {}  #: readings refused, per gateway, by every sink that asked
+        self._alarm_ns: dict[str, int] = {}  #: the last refusal; one warning until an hour passes without any
 
     @property
     def reason(self) -> str:
@@ -682,6 +686,7 @@ class SeriesGuard:
         if points:
             name = f"{record.tenant}/{record.gateway}"
             self.refused_total[name] = self.refused_total.get(name, 0) + len(points)
+            self._alarm(name, record)
         return points
 
     async def admit(self, record: ScanRecord) -> None:
@@ -693,6 +698,13 @@ class SeriesGuard:
             if self._db is not None:
                 self._db.close()
                 self._db = None
+
+    def _alarm(self, gateway: str, record: ScanRecord) -> None:
+        now_ns = self._clock_ns()
+        last_ns = self._alarm_ns.get(gateway)
+        self._alarm_ns[gateway] = now_ns
+        if last_ns is None or now_ns - last_ns >= _HOUR_NS:
+            log.warning("gateway %s, device %s: %s", gateway, record.layout.device, self.reason)
 
     async def _ask(self, key: tuple[str, str, int], record: ScanRecord, limit: int) -> tuple[int, ...]:
         async with self._one_at_a_time:

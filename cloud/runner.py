@@ -41,6 +41,7 @@ from cloud.sinks.contract import (
     SinkRefused,
     StoreChanged,
 )
+from cloud.skew import Skews
 from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class SinkRunner:
         dead_letters: DeadLetters,
         *,
         guard: Guard | None = None,
+        skews: Skews | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         rng: random.Random | None = None,
         retry_base_s: float = RETRY_BASE_S,
@@ -157,7 +159,7 @@ class SinkRunner:
         self._broken_retry_s = broken_retry_s
         self._maintain_s = maintain_s
         self._max_readings = LINGER_READINGS if sink.linger_s > 0 else MAX_READINGS
-        self._decoder = Decoder()
+        self._decoder = Decoder(skews)
         self._opened = _Opened()
         self._reduced: dict[tuple[int, tuple[int, ...]], tuple[Layout, int]] = {}
         self._turn = asyncio.Lock()  # a sink's calls never overlap

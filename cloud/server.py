@@ -39,6 +39,7 @@ from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
 from cloud.runner import SinkRunner
 from cloud.sinks.contract import Sink
+from cloud.skew import Skews
 from config.cloud import Cloud
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from cloud.mqtt import MqttDoor
+    from cloud.registry import SeriesGuard
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ class Services:
     journal: SqliteJournal
     dead_letters: DeadLetters
     runners: tuple[SinkRunner, ...]
+    guard: SeriesGuard
+    skews: Skews
     metrics: Metrics
     on_close: contextlib.AsyncExitStack  #: closed after the doors and the sinks, before the journal
 
@@ -117,10 +121,14 @@ class CloudServer:
 
             guard = SeriesGuard(data_dir / "series.db", per_hour=config.limits.new_series_per_hour)
             stack.push_async_callback(guard.close)
+            skews = Skews(round(config.limits.skew_alarm_s * 1e9))
             runners = tuple(
-                SinkRunner(sink, journal, dead_letters, guard=guard) for sink in build_sinks(config, secrets)
+                SinkRunner(sink, journal, dead_letters, guard=guard, skews=skews)
+                for sink in build_sinks(config, secrets)
             )
-            services = Services(config, secrets, journal, dead_letters, runners, self.metrics, stack)
+            services = Services(
+                config, secrets, journal, dead_letters, runners, guard, skews, self.metrics, stack
+            )
             await self._serve(services)
 
     async def _serve(self, services: Services) -> None:
@@ -315,6 +323,8 @@ class CloudServer:
             dead_letters_dropped=(await services.dead_letters.state()).dropped,
             trimmed=self._trimmed,
             memory_bytes=_resident_bytes(),
+            new_series_refused=tuple(sorted(services.guard.refused_total.items())),
+            skewed_batches=tuple(sorted(services.skews.batches.items())),
             accounts=self._accounting.last if self._accounting is not None else NOT_YET,
         )
 

@@ -17,7 +17,6 @@ from cloud.decode import (
     AHEAD_NS,
     EARLIEST_NS,
     MAX_LAYOUTS,
-    SKEW_FLAG_NS,
     Decoder,
     alone,
     frame_of,
@@ -25,6 +24,7 @@ from cloud.decode import (
 )
 from cloud.journal.contract import Range, Stored
 from cloud.sinks.contract import EventRecord, GapRecord, ScanRecord
+from cloud.skew import SKEW_NS, Skews
 from drivers.contract import Point, Reason, Scan, Value, ValueType
 from sync.wire import (
     MAX_EPOCH,
@@ -356,8 +356,33 @@ def test_a_boot_clock_that_makes_no_sense_ends_at_the_receipt() -> None:
 
 
 def test_a_clock_that_runs_ahead_keeps_its_time_and_is_flagged() -> None:
-    ahead = RECEIVED_NS + SKEW_FLAG_NS
+    ahead = RECEIVED_NS + SKEW_NS
     assert times([ClockRow(1, "b", 0, ahead, True)], 0, 1) == [(ahead, True), (ahead + S, False)]
+
+
+def test_a_batch_of_a_clock_that_runs_ahead_counts_once_whoever_decodes_it_and_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    skews = Skews(60 * S)
+    sinks = [Decoder(skews), Decoder(skews)]
+    frames, layouts = ab((1, 2.0), (3, 4.0), at_s=0)
+
+    def entry(offset: int, ahead_s: int, *, received_at_ns: int = RECEIVED_NS) -> Stored:
+        clocks = [ClockRow(1, "b", 0, received_at_ns + ahead_s * S, True)]
+        made = stored(frames, layouts, clocks=clocks, received_at_ns=received_at_ns)
+        return msgspec.structs.replace(made, offset=offset)
+
+    for decoder in sinks:
+        for at, ahead_s in enumerate((0, 59, 60, 400, 3 * 86_400)):
+            records = decoder.decode(entry(at + 1, ahead_s)).records
+            flags = [r.clock_synchronized for r in records if isinstance(r, ScanRecord)]
+            assert flags == [ahead_s <= 60, ahead_s + 1 <= 60], ahead_s
+    assert skews.batches == {"acme/plant-1": 3}
+    [said] = [r.getMessage() for r in caplog.records]
+    assert "gateway acme/plant-1: its clock is ahead by 61 s, and 60 s are tolerated" in said
+    sinks[0].decode(entry(6, 400, received_at_ns=RECEIVED_NS + 7200 * S))
+    assert skews.batches == {"acme/plant-1": 4}
+    assert len(caplog.records) == 2
 
 
 def test_data_of_a_month_ago_keeps_its_time() -> None:

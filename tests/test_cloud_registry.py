@@ -243,6 +243,25 @@ def device(n: int, points: int = 4, gateway: str = "plant-1") -> ScanRecord:
     return scan(n, [0] * points, at_ns=1_795_000_000 * S, of=of, gateway=gateway)
 
 
+async def test_the_first_refusal_of_a_gateway_is_a_warning_and_again_only_after_a_quiet_hour(
+    tmp_path: Path, hours: Hours, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = SeriesGuard(tmp_path / "series.db", per_hour=4, clock_ns=hours)
+    for n in range(1, 9):
+        await guard.refused(device(n))
+        await guard.refused(device(n, gateway="plant-2"))
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [text.partition(":")[0] for text in said] == [
+        "gateway acme/plant-1, device d2", "gateway acme/plant-2, device d2",
+    ]  # fmt: skip
+    assert "more than 4 new series in an hour" in said[0]
+    hours.now_ns += HOUR + S
+    for n in range(20, 24):
+        await guard.refused(device(n))
+    assert sum(r.levelname == "WARNING" for r in caplog.records) == 3
+    await guard.close()
+
+
 async def test_new_series_are_limited_by_gateway_and_hour(tmp_path: Path, hours: Hours) -> None:
     guard = SeriesGuard(tmp_path / "series.db", per_hour=10, clock_ns=hours)
     assert await guard.refused(device(1)) == ()

@@ -45,6 +45,7 @@ from cloud.dead_letters import DeadLetters, DeadLettersError, Letter
 from cloud.decode import Decoder
 from cloud.journal.contract import JournalError, Stored
 from cloud.sinks.contract import GapRecord, RetryLater, ScanRecord, SinkError
+from cloud.skew import Skews
 from config.cloud import Cloud
 from drivers.contract import Quality, Reason
 from sync.identity import IdentityError, Secret, parse_name
@@ -117,7 +118,7 @@ class Operator:
         self._runners = {runner.sink.name: runner for runner in runners}
         self._mysql = mysql
         self._registries: dict[str, Registry] = {}
-        self._decoder = Decoder()
+        self._decoder = Decoder(Skews(round(config.limits.skew_alarm_s * 1e9)))
 
     async def close(self) -> None:
         registries, self._registries = self._registries, {}
