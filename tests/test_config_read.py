@@ -20,8 +20,9 @@ ROOMS = ("agent", "cloud", "drivers", "firmware", "sync")
 
 def keys(module: ModuleType) -> Iterator[tuple[str, str]]:
     for name, kind in inspect.getmembers(module, inspect.isclass):
-        ours = issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__
-        if ours and name != "Conflict":  # tells of a fault, and is no part of a configuration
+        if kind.__module__ != module.__name__ or name == "Conflict":  # which tells of a fault
+            continue
+        if issubclass(kind, msgspec.Struct):
             for key in kind.__struct_fields__:
                 yield name, key
 
