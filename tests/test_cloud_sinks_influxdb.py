@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from cloud.sinks.contract import EventRecord, GapRecord, RetryLater, ScanRecord, SinkBroken
-from cloud.sinks.influxdb import Fault, InfluxSink, judge
+from cloud.sinks.influxdb import Fault, InfluxSink, judge, tally
 from config.cloud import InfluxDB
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
@@ -230,6 +230,22 @@ async def test_names_that_influxdb_drops_or_cannot_query_are_stored_all_the_same
     assert sorted(float(value) for value in bucket.values("_#odd").values()) == [
         float(i) for i in range(len(names))
     ]
+    await sink.close()
+
+
+@pytest.mark.parametrize(
+    "special", [",", "=", " ", '"', "\\", ""], ids=["comma", "equals", "space", "quote", "backslash", "end"]
+)
+async def test_a_backslash_before_what_is_escaped_costs_no_reading(
+    sink: InfluxSink, bucket: Bucket, special: str
+) -> None:
+    odd = f"a\\{special}"
+    of = msgspec.structs.replace(
+        layout(f"{odd}b", (f"{odd}b", "f64"), (odd, "bool"), device=f"{odd}b"), tags=((f"{odd}b", f"{odd}b"),)
+    )
+    settled = await sink.write([scan(of, seq, 1.5, True, at_ns=now_ns()) for seq in (1, 2, 3)], 1)
+    assert settled.rejected == ()
+    assert await tally(bucket.settings()) == {"acme/plant-1": 6}
     await sink.close()
 
 

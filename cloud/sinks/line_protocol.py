@@ -48,6 +48,7 @@ _FIELD_TAKEN: Final = re.compile(
     r"(?:time|_time|_start|_stop|_field|_value|_measurement|tenant|gateway|device|.*\.quality|.*\.exact)_*",
     re.DOTALL,
 )
+_BEFORE_ESCAPED: Final = re.compile(r'\\(?=[,= "]|\Z)')
 _CONTROL: Final = {c: f"\\x{c:02x}" for c in (*range(32), 127)}
 
 
@@ -232,9 +233,9 @@ def _measurement_name(name: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """Control characters spelt out; a backslash at the end would escape what follows it, and nothing escapes it."""
-    name = name.translate(_CONTROL)
-    return f"{name}_" if name.endswith("\\") else name
+    """Control characters spelt out. Nothing escapes a backslash: one at the end, or before what is escaped, makes
+    InfluxDB refuse a field, or take a measurement (204) and never give it back (seen on 2.7.12); `_` parts the two."""
+    return _BEFORE_ESCAPED.sub(r"\\_", name.translate(_CONTROL))
 
 
 def _escape_measurement(name: str) -> str:
