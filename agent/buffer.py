@@ -23,7 +23,7 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -183,7 +183,9 @@ class Buffer:
         self._readings: list[int] = []
         self._bytes = 0
         self._losses: dict[tuple[str, str], _Loss] = {}  #: by device and reason
-        self._settled: list[Range] = []
+        self._settled: dict[
+            tuple[int, Range], None
+        ] = {}  #: with their epoch: the file may be replaced meanwhile
         self._stuck: deque[Group] = deque()  #: groups that the disk refused: offered again before any other
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -351,11 +353,11 @@ class Buffer:
     async def claim(self, count: int) -> list[Batch]:
         """Cut up to `count` batches of the oldest frames that are in none. Empty where there are none, or where the
         disk refuses to record them."""
-        settled, self._settled = self._settled, []
+        settled, self._settled = self._settled, {}
         try:
-            batches = await self._job(lambda: self._store.claim(count, settled))
+            batches = await self._job(lambda: self._store.claim(count, self._of_this_epoch(settled)))
         except StoreError as err:
-            self._settled = settled + self._settled
+            self._settled = settled | self._settled
             self._arm()
             log.debug("nothing claimed: %s", err)
             return []
@@ -396,11 +398,15 @@ class Buffer:
     def settle(self, ack: Ack) -> None:
         """The cloud has these ranges: forget them, with the next transaction."""
         if ack.epoch == self._store.ledger.epoch:
-            self._settled.extend(ack.ranges)
+            self._settled |= dict.fromkeys((ack.epoch, (first, last)) for first, last in ack.ranges)
             if self._timer is None:
                 self._arm()
 
     # --- within ---
+
+    def _of_this_epoch(self, settled: Iterable[tuple[int, Range]]) -> list[Range]:
+        """On the writer's thread: an ack must never settle the frames of another epoch."""
+        return [one for epoch, one in settled if epoch == self._store.ledger.epoch]
 
     def _arm(self) -> None:
         """Commit at most one interval from now: what the first frame of a group waits is the published loss window."""
@@ -447,13 +453,15 @@ class Buffer:
             self._timer = None
         done: asyncio.Future[bool] = self._loop.create_future()
         group = self._stuck.popleft() if self._stuck else self._take()
-        settled, self._settled = self._settled, []
+        settled, self._settled = self._settled, {}
         if group.empty and not settled:
             done.set_result(True)
             return done
         room = self.live_room if self.on_live is not None else 0
         started_s = time.monotonic()
-        job = self._loop.run_in_executor(self._thread, self._store.commit, group, settled, room)
+        job = self._loop.run_in_executor(
+            self._thread, lambda: self._store.commit(group, self._of_this_epoch(settled), room)
+        )
         self._committing = done
 
         def ended(job: asyncio.Future[list[Batch]]) -> None:
@@ -471,7 +479,7 @@ class Buffer:
                 # Where it is full, less may fit; in any other case it may yet turn out to be kept, as a whole.
                 full = isinstance(error, StoreFull)
                 self._stuck.extendleft(reversed(slices(group, self._commit_bytes) if full else [group]))
-                self._settled = settled + self._settled
+                self._settled = settled | self._settled
                 self._unwell(error)
                 if isinstance(error, StoreRefusing):
                     done.set_result(False)

@@ -207,7 +207,7 @@ def frame_head(frame: bytes) -> Head | None:
     """What a frame says of itself, without its values. None for a kind that this version does not know."""
     try:
         return _decode_head(frame)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a rotten row may be anything
         return None
 
 
@@ -311,7 +311,7 @@ class Store:
         self._lock()
         try:
             try:
-                self._connect()
+                self._connect_for_the_first_time()
             except sqlite3.Error as err:
                 # At open a plain SQL error is damage too: the schema is ours, and a table is missing.
                 if not _damaged(err) and _code(err) != sqlite3.SQLITE_ERROR:
@@ -323,6 +323,20 @@ class Store:
                 f"buffer {self.path}: {err}; check the disk, its space and the folder's owner"
             ) from err
         self._restore_ballast()
+
+    def _connect_for_the_first_time(self) -> None:
+        """A disk that was full when the agent ended is still full: opening needs a little room, too."""
+        try:
+            self._connect()
+        except sqlite3.Error as err:
+            disk = os.statvfs(self.path.parent)
+            if _damaged(err) or not self._ballast.exists():
+                raise
+            if disk.f_bavail * disk.f_frsize >= self._limits.ballast_bytes:
+                raise
+            self._ballast.unlink()
+            log.warning("buffer %s: %s; ballast released", self.path, err)
+            self._connect()
 
     def _lock(self) -> None:
         """Two agents on one buffer would both own its seqs: the second is refused."""
@@ -532,13 +546,19 @@ class Store:
 
         Raises `StoreRefusing`: then nothing of it is known to be kept, and the same group must be offered again,
         alone, before any other."""
+        landed = False
         try:
             self._ready()
-            if self._landed is group:
+            if landed := self._landed is group:
                 group = Group([], [])
             return self._commit(group, settled, live_room)
         except (sqlite3.Error, StoreFull) as err:
-            return self._after_failure(err, group, settled, live_room)
+            try:
+                return self._after_failure(err, group, settled, live_room)
+            except StoreFull as full:
+                if landed:  # it is kept: offered in smaller ones it would be kept twice
+                    raise StoreRefusing(str(full)) from full
+                raise
 
     def _commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
         made: list[Recorded] = []
@@ -1018,7 +1038,7 @@ class Store:
 
     def _thin_clock(self, conn: sqlite3.Connection) -> None:
         """Forget the clock rows of boots that no held frame names."""
-        oldest = self.oldest[0] if self.oldest else self.ledger.boot
+        oldest = min(self.oldest[0] if self.oldest else self.ledger.boot, self.ledger.boot)
         boots = {row.boot for row, _ in self._marks}
         if any(boot < oldest for boot in boots):
             conn.execute("DELETE FROM clock WHERE boot < ?", (oldest,))
@@ -1026,12 +1046,12 @@ class Store:
             self._clocks = {boot: row for boot, row in self._clocks.items() if boot >= oldest}
 
     def _look_at_oldest(self, conn: sqlite3.Connection) -> None:
-        row = conn.execute("SELECT seq, data FROM frames ORDER BY seq LIMIT 1").fetchone()
+        row = conn.execute("SELECT seq, data, readings, crc FROM frames ORDER BY seq LIMIT 1").fetchone()
         if row is None:
             self.oldest, self._oldest_seq = None, 0
         elif row[0] != self._oldest_seq:
             self._oldest_seq = row[0]
-            head = frame_head(row[1])
+            head = frame_head(row[1]) if row[3] == row_crc(row[0], row[2], row[1]) else None
             if isinstance(head, _ScanHead):
                 self.oldest = (head.boot, head.taken_at_ns)
             elif isinstance(head, GapFrame):
@@ -1111,7 +1131,7 @@ class Store:
         except (sqlite3.Error, OSError) as again:
             if isinstance(again, sqlite3.Error):
                 self._broken(again)
-                full = full or _code(again) == sqlite3.SQLITE_FULL
+                full = _code(again) == sqlite3.SQLITE_FULL  # after any other error it may be kept after all
             raise (StoreFull if full else StoreRefusing)(_remedy(again)) from again
         raise StoreRefusing(_remedy(err)) from err
 

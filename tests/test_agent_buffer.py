@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -279,6 +280,30 @@ async def test_an_ack_survives_a_disk_that_refuses_and_one_of_another_epoch_sett
         assert await buffer.commit()
         assert buffer.state.settled_frames == 1
         assert buffer.state.condition is Condition.OK
+
+
+async def test_an_ack_that_comes_while_the_file_is_replaced_settles_nothing_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, BufferSettings(commit_interval_s=3600)) as buffer:
+        buffer.append(scan(1), READINGS)
+        await buffer.commit()
+        epoch = buffer.epoch
+        buffer._store._damage = "made"  # as upkeep finds it; the next transaction replaces the file
+        buffer.append(scan(2), READINGS)
+        release = threading.Event()
+        buffer._thread.submit(release.wait, 10.0)  # the commit waits behind it
+        commit = asyncio.create_task(buffer.commit())
+        await asyncio.sleep(0)
+        buffer.settle(Ack(epoch, ((1, 99),)))
+        release.set()
+        assert await commit
+        assert buffer.epoch != epoch
+        await buffer.commit()
+        assert buffer.state.settled_frames == 0
+        cloud = ModelCloud()
+        await deliver(buffer, cloud)
+        assert cloud.numbers() == [2]
 
 
 async def test_every_commit_is_synced(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sqlite3
@@ -14,8 +15,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agent.store import Batch, Group, Limits, Store, StoreRefusing, StoreUnusable, joined, parts, without
-from sync.wire import MAX_BATCH_BYTES, GapFrame, open_body
+from agent.store import (
+    Batch,
+    Group,
+    Limits,
+    Store,
+    StoreFull,
+    StoreRefusing,
+    StoreUnusable,
+    joined,
+    parts,
+    without,
+)
+from sync.wire import MAX_BATCH_BYTES, EventFrame, GapFrame, encode_frame, open_body
 from tests.fakes.buffer import (
     GATEWAY,
     READINGS,
@@ -497,6 +509,111 @@ def test_a_commit_that_failed_is_offered_again_and_kept_once(folder: Path, code:
     store.commit(group(4), [], 0)
     drain(store, cloud)
     assert cloud.numbers() == [1, 2, 3, 4]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "commits",
+    [
+        [sqlite3.SQLITE_FULL, 0, -sqlite3.SQLITE_IOERR],  # the cure itself ends in doubt
+        [-sqlite3.SQLITE_IOERR, None, sqlite3.SQLITE_FULL, sqlite3.SQLITE_FULL],  # in doubt, then full
+    ],
+    ids=["full, then in doubt", "in doubt, then full"],
+)
+def test_a_group_whose_commit_is_in_doubt_is_never_offered_in_pieces(
+    folder: Path, commits: list[int | None]
+) -> None:
+    """`None` begins a new connection; a negative code is told although the commit holds."""
+    store, cloud = opened(folder), ModelCloud()
+    store.commit(group(1), [], 0)
+    made = group(2, 3)
+    runs: list[list[int]] = [[]]
+    for code in commits:
+        if code is None:
+            runs.append([])
+        else:
+            runs[-1].append(code)
+    for run in runs:
+        store.claim(1, [])  # opens the file anew where it had to be given up
+        scripted = Scripted(store._conn, run)
+        store._conn = scripted  # type: ignore[assignment]  # stands in for it
+        with pytest.raises(StoreRefusing) as told:
+            store.commit(made, [], 0)
+        assert not isinstance(told.value, StoreFull)
+        scripted.codes.clear()
+    store.commit(made, [], 0)
+    drain(store, cloud)
+    assert cloud.numbers() == [1, 2, 3]
+    store.close()
+
+
+class Scripted:
+    """A connection whose commits end as told: 0 well, a code before it holds, a negative code after."""
+
+    def __init__(self, conn: object, codes: list[int]) -> None:
+        assert isinstance(conn, sqlite3.Connection)
+        self._conn, self.codes = conn, codes
+
+    def execute(self, sql: str, *args: object) -> sqlite3.Cursor:
+        code = self.codes.pop(0) if sql == "COMMIT" and self.codes else 0
+        if code <= 0:
+            done = self._conn.execute(sql, *args)  # type: ignore[arg-type]  # passed through as it came
+        if code:
+            error = sqlite3.OperationalError("made to fail")
+            error.sqlite_errorcode = abs(code)
+            raise error
+        return done
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._conn, name)
+
+
+def test_a_rotten_oldest_row_stops_no_start_and_takes_no_clock_rows(folder: Path) -> None:
+    store = opened(folder)
+    event = encode_frame(EventFrame(1, 5, "start", "x" * 20))
+    store.commit(Group([event], [0], size_bytes=len(event)), [], 0)
+    store.close()
+    for at, flip in ((-3, 0x80), (2, 0x40)):  # the text is no UTF-8 any more; the boot is another
+        rotten = bytearray(event)
+        rotten[at] ^= flip
+        conn = sqlite3.connect(folder / "buffer.db")
+        conn.execute("UPDATE frames SET data = ?", (bytes(rotten),))
+        conn.commit()
+        conn.close()
+        store = opened(folder)
+        assert store._conn is not None
+        store._thin_clock(store._conn)
+        assert store._conn.execute("SELECT count(*) FROM clock").fetchone()[0] > 0
+        store.close()
+
+
+def test_a_start_on_a_full_disk_releases_the_ballast(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(max_bytes=2**26, ballast_bytes=2**16)
+    store = Store(folder / "buffer.db", str(GATEWAY), limits, StillClock())
+    store.open()
+    store.commit(group(1), [], 0)
+    store.close()
+    ballast = folder / "buffer.db.ballast"
+    assert ballast.exists()
+    connect, statvfs = Store._connect, os.statvfs
+
+    def full(store: Store) -> None:
+        if ballast.exists():
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        connect(store)
+
+    def no_room(path: Path) -> os.statvfs_result:
+        found = list(statvfs(path))
+        found[4] = 0  # f_bavail
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(Store, "_connect", full)
+    monkeypatch.setattr(os, "statvfs", no_room)
+    store = Store(folder / "buffer.db", str(GATEWAY), limits, StillClock())
+    store.open()
+    assert store.ledger.held_readings == READINGS
     store.close()
 
 
