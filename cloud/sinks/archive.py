@@ -62,7 +62,10 @@ log = logging.getLogger(__name__)
 APP: Final = "headgate"  #: application transaction: complete up to this offset
 LATE: Final = "headgate-late"  #: the highest offset appended out of turn, so above APP's
 MAX_RECORDS: Final = 65_536  #: per call
-FILE_BYTES: Final = 128 * 1024 * 1024  #: what compaction aims at
+FILE_BYTES: Final = 64 * 1024 * 1024  #: what compaction aims at
+ROW_GROUP: Final = (
+    128 * 1024
+)  #: rows that a writer holds before it lets go of them; bounds compaction's memory
 VACUUM_MIN_HOURS: Final = 168.0  #: a reader may hold a version for a week
 NS_PER_DAY: Final = 86_400_000_000_000
 NS_PER_HOUR: Final = 3_600_000_000_000
@@ -169,6 +172,7 @@ class _Tables:
     def __init__(self, store: Store) -> None:
         from cloud.sinks import archive_columns as columns
 
+        _spare_memory()
         self._columns = columns
         self.readings = Table(store, "readings", columns.READINGS)
         self.gaps = Table(store, "gaps", columns.GAPS)
@@ -208,6 +212,15 @@ class _Tables:
         highest = max((record.offset for record in wanted), default=0)
         if wanted or upto > table.complete_to:
             table.append(build(wanted) if wanted else {}, max(upto, table.complete_to), highest)
+
+
+def _spare_memory() -> None:
+    """pyarrow's allocator of choice keeps what it had for a commit: 221 MB resident between commits of 200,000 readings,
+    and 320 MB at compaction, against 171 and 253 with jemalloc."""
+    import pyarrow as pa
+
+    if "jemalloc" in pa.supported_memory_backends():
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
 
 
 RecordT = TypeVar("RecordT", ScanRecord, GapRecord, EventRecord)
@@ -481,7 +494,10 @@ def _joined_properties(schema: pa.Schema) -> WriterProperties:
 
     counter = ColumnProperties(dictionary_enabled=False, encoding="DELTA_BINARY_PACKED")
     return WriterProperties(
-        compression="ZSTD", compression_level=1, column_properties=dict.fromkeys(_counters(schema), counter)
+        compression="ZSTD",
+        compression_level=1,
+        max_row_group_size=ROW_GROUP,
+        column_properties=dict.fromkeys(_counters(schema), counter),
     )
 
 
