@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from agent.buffer import Buffer
 from agent.forwarder import Forwarder, uplink_of
@@ -22,7 +25,7 @@ from sync.identity import IdentityError
 from sync.uplink import Uplink
 from sync.wire import Head, Nack, Reply, open_body, open_head
 from tests.fakes.buffer import GATEWAY, PACKING, READINGS, ModelCloud, StillClock, number_of, scan
-from tests.fakes.cloud_door import SILENCE, FarSide, HttpServer, mqtt_door, until
+from tests.fakes.cloud_door import CLOUD_PASSWORD, CLOUD_USER, SILENCE, FarSide, HttpServer, mqtt_door, until
 from tests.fakes.uplink import MemoryUplink
 from tests.servers import run
 from tests.test_sync_uplinks import ACL, USERS
@@ -308,6 +311,20 @@ async def test_a_batch_damaged_on_the_way_is_sent_again_as_it_is(tmp_path: Path)
         assert list(s.sent.values()) == [4]
 
 
+async def test_a_batch_that_is_never_answered_is_halved_and_holds_up_no_backlog(tmp_path: Path) -> None:
+    async with scene(tmp_path, memory, before=300, size=3000) as s:
+        s.judge = lambda head, numbers: "take" if head.last - head.first < 40 else SILENCE
+        ended = time.monotonic() + 30
+        while s.buffer.state.buffered_frames > 5 and time.monotonic() < ended:
+            s.keep(1)  # others are answered all the while
+            await asyncio.sleep(0.05)
+        s.judge = lambda head, numbers: "take"
+        await s.all_settled()
+        s.once_each()
+        assert all(last - first < 40 or count <= 40 for (first, last), count in s.sent.items())
+        assert s.health.refused_batches == 0
+
+
 async def test_a_batch_that_breaks_the_connection_is_halved_until_it_passes(tmp_path: Path) -> None:
     made: list[MemoryUplink] = []
 
@@ -474,6 +491,53 @@ async def test_a_broker_killed_under_load_loses_and_doubles_nothing(tmp_path: Pa
                 await asyncio.sleep(0.05)
                 await asyncio.to_thread(broker.process.start)
             await s.all_settled(60)
+            s.once_each()
+
+
+@pytest.mark.parametrize("way", ["3.1.1", "5, nobody listens", "5, a bystander listens"])
+async def test_what_a_broker_says_deletes_nothing(tmp_path: Path, way: str) -> None:
+    """The broker takes every publish (a PUBACK says so where there is one: success, or "no matching subscribers"), and
+    the cloud is off. Only its own ack empties the buffer."""
+    from sync.mqtt import MqttUplink
+
+    said = {
+        "3.1.1": r"Received PUBLISH from \S+ \(d\d, q0",
+        "5, nobody listens": r"Sending PUBACK to \S+ \(m\d+, rc16\)",
+        "5, a bystander listens": r"Sending PUBACK to \S+ \(m\d+, rc0\)",
+    }[way]
+    with run.mosquitto(users=USERS, acl=ACL) as broker, ExitStack() as stack:
+        if "bystander" in way:
+            bystander = paho.Client(CallbackAPIVersion.VERSION2)
+            bystander.username_pw_set(CLOUD_USER, CLOUD_PASSWORD.reveal())
+            bystander.on_connect = lambda client, *_: client.subscribe("headgate/v1/+/+/up")
+            bystander.connect(broker.host, broker.port)
+            bystander.loop_start()
+            stack.callback(bystander.loop_stop)
+            await until(lambda: "Sending SUBACK" in broker.process.log_path.read_text())
+        settings = UplinkSettings(
+            host=broker.host, port=broker.port, tls=False, ack_timeout_s=0.4, backoff_min_s=0.02, backoff_max_s=0.2
+        )  # fmt: skip
+
+        def times() -> int:
+            return len(re.findall(said, broker.process.log_path.read_text()))
+
+        def uplink(_far: FarSide) -> Uplink:
+            made = MqttUplink(GATEWAY, settings, TOKEN)
+            made.protocol = MQTTProtocolVersion.MQTTv311 if way == "3.1.1" else MQTTProtocolVersion.MQTTv5
+            return made
+
+        async with scene(tmp_path, uplink, settings=settings, before=200) as s:
+            s.keep(50)
+            await until(lambda: times() >= 3)
+            over_s = time.monotonic() + 4.0
+            while time.monotonic() < over_s:
+                await asyncio.sleep(0.05)
+                state = s.buffer.state
+                assert (state.settled_frames, state.gapped_frames, state.parked_frames) == (0, 0, 0)
+            assert state.buffered_frames == state.kept_frames == 250
+            assert times() >= 5
+            async with mqtt_door(s.far, broker.host, broker.port):
+                await s.all_settled(60)
             s.once_each()
 
 
