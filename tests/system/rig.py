@@ -29,8 +29,9 @@ from tests.servers.process import ServerProcess, free_port, wait_until
 from tests.system.child import BIN, Child
 
 DEVICES = 8
-POINTS = 24
-PERIOD_MS = 100
+POINTS = 12
+PERIOD_MS = 50
+COMMIT_INTERVAL_S = 0.05  #: small, so that at any moment some batch is between two parts
 
 #: device, point, taken_at in microseconds, value. InfluxDB's nanoseconds end with the frame's number.
 Value: TypeAlias = tuple[str, str, int, float]
@@ -366,7 +367,7 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
         (folder / "agent.toml").write_text(
             f'[gateway]\ntenant = "chaos"\nname = "plant-1"\nstate_dir = "{folder}/gateway"\n{uplink}'
             f'token_file = "{token}"\nbackoff_max_s = 2.0\nack_timeout_s = 3.0\n'
-            f"[buffer]\ncommit_interval_s = 0.2\n{devices}"
+            f"[buffer]\ncommit_interval_s = {COMMIT_INTERVAL_S}\n{devices}"
         )
         env = dict(os.environ)
         rig.children = {

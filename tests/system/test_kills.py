@@ -22,10 +22,10 @@ def test_kept_readings_survive_kills_of_every_part_in_random_order(transport: st
     print(f"HEADGATE_SEED={seed}")
     rng = random.Random(seed)
     with whole_system(tmp_path, transport) as rig:
-        # every part at least twice, the rest at random, in random order
+        # every part at least twice, the rest at random with our own rather than the stores, in random order
         parts = rig.killable()
         order = parts * 2
-        order += [rng.choice(parts) for _ in range(KILLS - len(order))]
+        order += [rng.choice([*parts, *rig.children, *rig.children]) for _ in range(KILLS - len(order))]
         rng.shuffle(order)
         down: list[str] = []
         for name in order:
