@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import sqlite3
 import ssl
@@ -40,6 +41,8 @@ PROGRAM = [sys.executable, "-m", "cloud.cli"]
 TOKEN = "a-token-that-is-long-enough"
 WORD = "a-password-that-is-long-enough"
 NAME = GatewayName("acme", "plant-1")
+KILLS = int(os.environ.get("HEADGATE_CLOUD_KILLS", "2"))  #: some seconds each
+KILLS_SEED = int(os.environ.get("HEADGATE_KILLS_SEED", "11"))
 
 
 def secret(folder: Path, name: str, word: str) -> Path:
@@ -184,29 +187,33 @@ async def test_readings_come_in_by_http_reach_the_sinks_and_sigterm_ends_it_with
     assert not any(mode & 0o077 for mode in (f.stat().st_mode for f in (up.folder / "data").glob("*.db")))
 
 
+@pytest.mark.timeout(120 + 10 * KILLS)
 async def test_killed_again_and_again_nothing_acknowledged_is_lost_or_doubled(
     served: Callable[..., Served],
 ) -> None:
     up = served(extra="[archive]\nenabled = false").start()
     uplink = up.uplink()
+    rng = random.Random(KILLS_SEED)
     acked: list[int] = []
+    total = 20 * KILLS + 60
 
     async def stream(lane: int) -> None:
-        for n in range(lane, 100, 4):
+        for n in range(lane, total, 4):
             await send(uplink, 1 + 3 * n)
             acked.append(n)
 
     lanes = [asyncio.create_task(stream(lane)) for lane in range(4)]
-    for wanted in (20, 60):
+    for kill in range(KILLS):
         async with asyncio.timeout(60):
-            while len(acked) < wanted:  # noqa: ASYNC110 - a counter
+            while len(acked) < 20 * (kill + 1):  # noqa: ASYNC110 - a counter
                 await asyncio.sleep(0.005)
+        await asyncio.sleep(rng.random() / 50)  # at any moment of a commit
         assert await asyncio.to_thread(up.end, signal.SIGKILL) == -signal.SIGKILL
         await asyncio.to_thread(up.start)
     await asyncio.gather(*lanes)
     await uplink.close()
     assert await asyncio.to_thread(up.end) == 0
-    assert up.readings() == all_of(300)
+    assert up.readings() == all_of(3 * total)
 
 
 async def test_both_doors_feed_one_journal(
