@@ -47,7 +47,10 @@ from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head
 log = logging.getLogger(__name__)
 
 MAX_READINGS: Final = 200_000  #: decoded in one call, about 10 MB of objects
-LINGER_READINGS: Final = 1_000_000  #: the same for a sink that waits for company: its calls are few and large
+LINGER_READINGS: Final = (
+    400_000  #: the same for a sink that waits for company, in few and large calls; see test_cloud_memory
+)
+MAX_LETTERS: Final = 1_000  #: made before they are kept: about 1 MB
 MAX_PIECE_BYTES: Final = 256 * 1024  #: of an uncompressed body, decoded at once
 MAX_ENTRIES: Final = 4_096  #: batches in hand at once
 WAIT_S: Final = 1.0  #: how long one look at an idle journal lasts; bounds how late a drain is noticed
@@ -363,7 +366,7 @@ class SinkRunner:
                 part.sources[entry.offset] = entry
                 part.letters += [_poisoned(self.sink.name, entry, one) for one in _joined(decoded.poison)]
                 for record in decoded.records:
-                    if len(part.records) >= self.sink.max_records:
+                    if len(part.records) >= self.sink.max_records or len(part.letters) >= MAX_LETTERS:
                         yield part
                         part = _part(part.upto)
                         part.sources[entry.offset] = entry
@@ -379,6 +382,7 @@ class SinkRunner:
             if guard is not None and (refused := await guard.refused(record)):
                 part.letters.append(self._letter(self._opened, entry, record, guard.reason, refused))
                 part.refused_readings += len(refused)
+                await asyncio.sleep(0)  # a letter is sealed anew, and a batch may be thousands of them
                 kept = tuple(i for i in range(len(record.values)) if i not in set(refused))
                 if kept:
                     part.records.append(self._without(record, refused, kept))
@@ -423,6 +427,7 @@ class SinkRunner:
             if origin is not None:
                 points = tuple(origin[i] for i in points or range(len(origin)))
             lost += len(points) or readings_in(record)
+            await asyncio.sleep(0)
             letters.append(
                 self._letter(self._opened, part.sources[record.offset], record, rejection.reason, points)
             )

@@ -18,7 +18,7 @@ from cloud.decode import Decoder
 from cloud.journal.contract import Entry, EntryDamaged, Stored
 from cloud.journal.sqlite import SqliteJournal
 from cloud.registry import SeriesGuard
-from cloud.runner import MAX_FAILURES, MAX_PIECE_BYTES, SinkRunner
+from cloud.runner import MAX_FAILURES, MAX_LETTERS, MAX_PIECE_BYTES, SinkRunner
 from cloud.sinks.contract import (
     GapRecord,
     Rejection,
@@ -649,3 +649,32 @@ async def test_the_embedded_store_holds_every_reading_once_over_restarts(here: F
         assert db.execute("SELECT upto_offset FROM cursors").fetchone() == (
             (await here.journal.state()).last_offset,
         )
+
+
+class Counted(DeadLetters):
+    """Remembers how many letters came at once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.came: list[int] = []
+
+    async def add(self, letters: Sequence[NewLetter]) -> None:
+        self.came.append(len(letters))
+        await super().add(letters)
+
+
+async def test_a_flood_of_refusals_is_kept_piece_by_piece_and_none_is_lost(here: Fixture) -> None:
+    guard = SeriesGuard(here.folder / "series.db", per_hour=0)
+    kept = Counted(here.folder / "counted.db")
+    await kept.open()
+    runner = here.runner(guard=guard, dead_letters=kept)
+    async with running(runner):
+        await here.settled(await here.append(batch(1, 1250), batch(1251, 1250)))
+        state = await runner.state()
+    found = await kept.letters(limit=10_000)
+    assert [letter.first for letter in found] == list(range(1, 2501))
+    assert sum(letter.readings for letter in found) == state.rejected_readings == 7500
+    assert max(kept.came) <= MAX_LETTERS
+    assert here.sink.seqs() == []
+    await kept.close()
+    await guard.close()
