@@ -293,13 +293,17 @@ class CloudServer:
 
     async def _ready(self, services: Services) -> Ready:
         trouble = services.journal.trouble
-        states = [await runner.state() for runner in services.runners]
+        sinks = [
+            SinkReady(s.name, s.word, round(s.lag_s, 3), s.error, getattr(runner.sink, "notes", ()))
+            for runner in services.runners
+            for s in (await runner.state(),)
+        ]
         mqtt = None if self._mqtt is None else "connected" if self._mqtt.connected else self._mqtt.trouble
         return Ready(
             ready=trouble is None,
             journal="ok" if trouble is None else trouble,
             mqtt=mqtt,
-            sinks=[SinkReady(s.name, s.word, round(s.lag_s, 3), s.error) for s in states],
+            sinks=sinks,
         )
 
     async def _gauges(self, services: Services) -> Gauges:
@@ -334,6 +338,7 @@ class SinkReady(msgspec.Struct, frozen=True):
     state: str
     lag_s: float
     error: str
+    notes: tuple[str, ...] = ()  #: what the store cannot do, and how the sink does without
 
 
 class Ready(msgspec.Struct, frozen=True):
