@@ -250,7 +250,8 @@ class Buffer:
 
     def record_event(self, code: str, text: str, device: str = "") -> None:
         """Keep something worth telling that is not a reading (a start, a driver that failed)."""
-        self.append(encode_frame(EventFrame(self.boot, self._clock.boot_ns(), code, text[:2000], device)), 0)
+        text = _travelling(text[:2000])
+        self.append(encode_frame(EventFrame(self.boot, self._clock.boot_ns(), code, text, device)), 0)
 
     def record_gap(
         self, reason: str, *, device: str, scans: int, readings: int, from_boot_ns: int, to_boot_ns: int
@@ -518,6 +519,11 @@ class Buffer:
 
     def _look(self) -> None:
         self._size_bytes = self._store.size_bytes()
+
+
+def _travelling(text: str) -> str:
+    """Without lone surrogates, which an error of the system may carry and no encoding takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def slices(group: Group, most_bytes: int) -> list[Group]:

@@ -51,6 +51,9 @@ _PROOF_S: Final = 5.0  #: how long to wait for another batch to show that the wa
 _REFUSALS_IN_A_ROW: Final = 20  #: parked without one ack in between: not the frames' fault
 _ASK_AGAIN_S: Final = 1.0  #: how soon the buffer is asked again when it had a backlog but nothing to give
 _CLAIM: Final = 4  #: batches cut per transaction: one sync, and at most 1 MiB of bytes in memory
+_UNANSWERED_TRIES: Final = 5
+"""In a row, while others were answered: a broker may drop what is too large for the cloud's side and never say so."""
+_LONGEST_WAIT_S: Final = 3600.0  #: whatever the cloud asks for (as sync.https bounds `Retry-After`)
 _LATENCIES: Final = 256  #: acks over which p50 and p99 are told
 
 
@@ -305,7 +308,7 @@ class Forwarder:
 
     async def _deliver(self, under_way: _UnderWay) -> None:
         """Send until the cloud has said what becomes of it. Raises `LinkDown`."""
-        damaged = 0
+        damaged = unanswered = 0
         while True:
             heard = self._answers
             sent_s = time.monotonic()
@@ -314,6 +317,11 @@ class Forwarder:
                 ack = await self._uplink.send(under_way.batch.sealed)
             except AckTimeout:
                 self._drops.pop(under_way.bounds, None)  # the link outlived it
+                unanswered = unanswered + 1 if self._answers != heard else 0
+                first, last = under_way.bounds
+                if unanswered >= _UNANSWERED_TRIES and first < last:
+                    await self._halve(under_way.bounds)
+                    return
                 ack = await self._ask_again(under_way, heard)
                 if ack is None:
                     continue
@@ -364,8 +372,9 @@ class Forwarder:
 
     async def _wait_as_asked(self, err: RetryLater, tries: int) -> None:
         """No sooner than asked, and not all gateways at the same instant."""
-        wait_s = err.after_s + self._jitter_s(tries)
-        self._not_before_s = max(self._not_before_s, time.monotonic() + err.after_s)
+        after_s = min(max(0.0, err.after_s), _LONGEST_WAIT_S)
+        wait_s = after_s + self._jitter_s(tries)
+        self._not_before_s = max(self._not_before_s, time.monotonic() + after_s)
         self._buffer.live_room = 0
         log.debug("the cloud asks to wait %.1f s: %s", err.after_s, err)
         self.health.why = f"the cloud asks to wait: {err}"
@@ -393,10 +402,7 @@ class Forwarder:
         self._drops.pop(bounds, None)
         self._alone.pop(bounds, None)
         if first < last:
-            halves = await self._buffer.split(first, last)
-            if not halves and self._still_here(bounds):
-                raise _Lost("a refused batch cannot be halved now: the buffer's disk refuses")
-            self._todo.extendleft((b.sealed.first, b.sealed.last) for b in reversed(halves))
+            await self._halve(bounds)
             return
         if self._refusals >= _REFUSALS_IN_A_ROW:
             self._refusals = 0
@@ -407,6 +413,12 @@ class Forwarder:
         )
         if not await self._buffer.park(first, code, why):
             raise _Lost("a refused frame cannot be parked now: the buffer's disk refuses")
+
+    async def _halve(self, bounds: Bounds) -> None:
+        halves = await self._buffer.split(*bounds)
+        if not halves and self._still_here(bounds):
+            raise _Lost("a batch cannot be halved now: the buffer's disk refuses")
+        self._todo.extendleft((b.sealed.first, b.sealed.last) for b in reversed(halves))
 
     async def _send_suspect(self, bounds: Bounds) -> None:
         """A batch that saw links break goes alone; if it was alone each time before, it is halved first."""

@@ -131,7 +131,7 @@ class Gauge:
         if changed:
             health.state = state
             health.since_ns = self._wall_ns()
-        health.why = why
+        health.why = why.encode("utf-8", "replace").decode()  # a lone surrogate would end every heartbeat
         health.remedy = "" if reason is None else remedy(reason)
         return changed
 

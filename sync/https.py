@@ -21,7 +21,7 @@ from typing import Final
 import httpx
 
 from config.agent import Uplink as UplinkSettings
-from sync.identity import GatewayName, Secret, require_private
+from sync.identity import GatewayName, IdentityError, Secret, require_private
 from sync.uplink import AckTimeout, BatchRefused, LinkDown, RetryLater
 from sync.wire import Ack, Nack, Sealed, WireError, decode_reply
 
@@ -45,8 +45,11 @@ class HttpsUplink:
     """`sync.uplink.Uplink` over HTTPS."""
 
     def __init__(self, gateway: GatewayName, settings: UplinkSettings, secret: Secret) -> None:
-        """Raises `IdentityError` for plaintext to anywhere but loopback."""
+        """Raises `IdentityError` for plaintext to anywhere but loopback, and for a token that no header takes."""
         require_private("uplink.host", settings.host, tls="on" if settings.tls else "off")
+        token = secret.reveal()
+        if not (token.isascii() and token.isprintable()):
+            raise IdentityError("uplink: the token must be one line of plain ASCII: it travels in a header")
         port = settings.port or (TLS_PORT if settings.tls else PLAIN_PORT)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.name = f"https {settings.host}:{port}"

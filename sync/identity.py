@@ -103,6 +103,8 @@ def read_secret(what: str, *, file: str | None, env: str | None) -> Secret:
             text = path.read_text().strip()
         except OSError as err:
             raise IdentityError(f"{what}: cannot read {path}: {err.strerror}") from err
+        except UnicodeDecodeError as err:
+            raise IdentityError(f"{what}: {path} holds no text; put the token itself in it") from err
         if stat.S_IMODE(mode) & 0o007:
             raise IdentityError(f"{what}: {path} is readable by everybody; run: chmod 600 {path}")
     elif env:

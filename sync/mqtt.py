@@ -144,7 +144,14 @@ class MqttUplink:
     async def report(self, state: bytes) -> None:
         if self._client is None:
             raise LinkDown(f"{self.name}: not connected")
-        self._publish(self._client, self._gateway.topic("state"), state, qos=0)
+        topic = self._gateway.topic("state")
+        size = len(state) + len(topic) + _PACKET_OVERHEAD
+        if (
+            self._max_packet and size > self._max_packet
+        ):  # the broker would close the connection, again and again
+            log.debug("%s takes packets of %d bytes; a heartbeat has %d", self.name, self._max_packet, size)
+            return
+        self._publish(self._client, topic, state, qos=0)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -232,6 +239,8 @@ class MqttUplink:
                 client.connect(self._settings.host, self.port, keepalive_s)
         except socket.gaierror as err:
             raise LinkDown(f"{self.name}: DNS: {self._settings.host}: {err.strerror}") from err
+        except UnicodeError as err:
+            raise LinkDown(f"{self.name}: DNS: {self._settings.host} is no host name: {err}") from err
         except ssl.SSLError as err:
             said = getattr(err, "verify_message", "") or err.reason or str(err)
             raise LinkDown(f"{self.name}: TLS: {said}; check uplink.ca_file, host and the clock") from err

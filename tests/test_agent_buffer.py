@@ -306,6 +306,15 @@ async def test_an_ack_that_comes_while_the_file_is_replaced_settles_nothing_of_t
         assert cloud.numbers() == [2]
 
 
+async def test_an_event_with_text_that_no_encoding_takes_is_kept_all_the_same(tmp_path: Path) -> None:
+    async with running(tmp_path) as buffer:
+        buffer.record_event("driver-fault", "no such file: /dev/\udc80")
+        cloud = ModelCloud()
+        await buffer.commit()
+        await deliver(buffer, cloud)
+        assert [event.text for event in cloud.events()] == ["no such file: /dev/?"]
+
+
 async def test_every_commit_is_synced(tmp_path: Path) -> None:
     """What NORMAL loses at a power cut, FULL does not; nothing short of cutting the power shows it otherwise."""
     async with running(tmp_path) as buffer:

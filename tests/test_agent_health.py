@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +41,12 @@ def test_readings_are_counted_by_quality_and_reason() -> None:
     told = made.told(12 * S)
     assert (told.scans, told.readings, told.bad_readings, told.uncertain_readings) == (3, 9, 4, 1)
     assert told.reasons == {"RATE": 1, "TIMEOUT": 4}
+
+
+def test_a_reason_that_no_encoding_takes_does_not_end_the_status() -> None:
+    made, _ = gauge()
+    made.enter(State.FAULT, "no such file: /dev/\udc80", Reason.DRIVER)
+    assert b"/dev/?" in msgspec.json.encode(made.told(0))
 
 
 def test_last_good_is_the_last_scan_with_a_usable_value() -> None:

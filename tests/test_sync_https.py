@@ -15,7 +15,7 @@ import uvicorn
 
 from config.agent import Uplink as UplinkSettings
 from sync.https import HttpsUplink, retry_after_s
-from sync.identity import IdentityError
+from sync.identity import IdentityError, Secret
 from sync.uplink import AckTimeout, BatchRefused, LinkDown, RetryLater, UplinkError
 from sync.wire import Ack, Nack, encode_reply
 from tests.fakes.cloud_door import FarSide, HttpServer, until
@@ -234,6 +234,12 @@ async def test_tls_to_a_plain_server_fails_and_plaintext_is_never_tried(scripted
     with pytest.raises(LinkDown):
         await uplink_to(scripted.port, tls=True, host="localhost").open()
     assert scripted.requests == []
+
+
+@pytest.mark.parametrize("token", ["é" * 20, "0123456789\n0123456789"])
+def test_a_token_that_no_header_takes_is_refused_at_once(token: str) -> None:
+    with pytest.raises(IdentityError, match="plain ASCII"):
+        HttpsUplink(GATEWAY, UplinkSettings(kind="https", tls=False, host="localhost"), Secret(token))
 
 
 def test_plaintext_to_anywhere_but_loopback_is_refused() -> None:

@@ -79,6 +79,14 @@ def test_a_secret_comes_from_a_private_file_or_the_environment_and_nowhere_else(
         read_secret("t", file=str(file), env=None)
 
 
+def test_a_token_file_that_holds_no_text_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\xff" * 30)
+    file.chmod(0o600)
+    with pytest.raises(IdentityError, match="holds no text"):
+        read_secret("t", file=str(file), env=None)
+
+
 def test_plaintext_is_for_loopback_only() -> None:
     for host in ("localhost", "127.0.0.1", "::1", "[::1]", "127.8.8.8"):
         assert is_loopback(host)

@@ -191,6 +191,11 @@ async def test_the_step_that_failed_is_named(free_port: Callable[[], int]) -> No
         await MqttUplink(GATEWAY, made, TOKEN).open()
 
 
+async def test_a_host_that_is_no_name_is_told_as_such() -> None:
+    with pytest.raises(LinkDown, match="no host name"):
+        await MqttUplink(GATEWAY, settings(1883, host="a..b", tls=True), TOKEN).open()
+
+
 async def test_a_listener_that_is_no_broker_is_told_as_such() -> None:
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(-1)
@@ -257,6 +262,17 @@ async def test_a_packet_larger_than_the_broker_takes_is_refused_before_it_is_sen
                 await uplink.send(largest_batch())
             assert caught.value.code == "size"
             assert covers(await uplink.send(batch(1)), batch(1))  # the connection did not suffer
+            await uplink.close()
+
+
+async def test_a_heartbeat_larger_than_the_broker_takes_does_not_end_the_connection() -> None:
+    with run.mosquitto(users=USERS, acl=ACL, extra=["max_packet_size 2000"]) as broker:
+        far = FarSide()
+        async with mqtt_door(far, broker.host, broker.port):
+            uplink = MqttUplink(GATEWAY, settings(broker.port), TOKEN)
+            await uplink.open()
+            await uplink.report(bytes(3000))
+            assert covers(await uplink.send(batch(1)), batch(1))
             await uplink.close()
 
 
