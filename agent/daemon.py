@@ -25,11 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from agent import metrics as metrics_file
 from agent import status as status_file
 from agent.buffer import Buffer, BufferUnusable, Condition
 from agent.clock import SystemClock
 from agent.configuration import Loaded, save_last_good
 from agent.devices import all_points
+from agent.drain import DrainEstimate
 from agent.forwarder import Forwarder, uplink_of
 from agent.health import DeviceHealth, Gauge, State
 from agent.poller import DevicePoller
@@ -103,6 +105,7 @@ class Daemon:
         self._notify = Notify.from_environment()
         self._gauges: list[Gauge] = []
         self._forwarder: Forwarder | None = None
+        self._drain = DrainEstimate()
         self._progress = (0, time.monotonic())
         self._disk_was_low = False
         before = status_file.read(folder)
@@ -287,7 +290,10 @@ class Daemon:
         status = self.status
         now_boot_ns = boot_ns()
         status.written_ns = time.time_ns()
-        status.buffer = buffer.state
+        status.buffer = held = buffer.state
+        status.drain_eta_s = self._drain.eta_s(
+            now_boot_ns / 1e9, held.settled_readings, held.kept_readings, held.buffered_readings, held.oldest_age_s
+        )  # fmt: skip
         if self._forwarder is not None:
             status.link = self._forwarder.tell()
         status.devices = [gauge.told(now_boot_ns) for gauge in self._gauges]
@@ -298,6 +304,7 @@ class Daemon:
     def _write(self, status: AgentStatus) -> None:
         try:
             status_file.write(self._folder, status)
+            metrics_file.write(self._folder, status)
         except OSError as err:
             log.debug("the status cannot be written: %s", err)
 

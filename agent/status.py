@@ -80,6 +80,7 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     config: ConfigHealth = msgspec.field(default_factory=ConfigHealth)
     link: LinkHealth = msgspec.field(default_factory=LinkHealth)
     buffer: BufferState | None = None
+    drain_eta_s: float | None = None  #: until the backlog is delivered at the recent pace; None: not known
     devices: list[DeviceHealth] = []
     rss_bytes: int = 0
     cpu_s: float = 0.0
@@ -257,6 +258,8 @@ def lines(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[str
         out.append(f"link    {link.state.value} {link.target} for {_ago(link.since_ns, now_ns)}")
     if buffer is not None:
         oldest = "" if buffer.oldest_age_s is None else f", oldest {duration_in_words(buffer.oldest_age_s)}"
+        if running and status.drain_eta_s:
+            oldest += f", delivered in about {duration_in_words(status.drain_eta_s)}"
         out.append(
             f"buffer  {buffer.buffered_readings:,} readings waiting{oldest}; {buffer.size_bytes / _MB:.1f} of "
             f"{buffer.max_bytes / _MB:.0f} MB; kept {buffer.kept_readings:,}, delivered {buffer.settled_readings:,}, "

@@ -125,6 +125,9 @@ def test_told_to_leave_it_commits_and_leaves_in_order(agent: Agent, how: signal.
     # Everything that was read is kept: nothing is pending, nothing was lost.
     assert status.buffer.kept_readings == device.readings
     assert status.buffer.pending_frames == 0
+    told = (agent.state / "metrics.prom").read_text()
+    assert f"headgate_readings_kept_total {device.readings}\n" in told
+    assert "headgate_running 0\n" in told
 
 
 async def test_what_the_status_says_is_kept_is_in_the_buffer(agent: Agent) -> None:
