@@ -24,7 +24,15 @@ from sqlalchemy.dialects.mysql.asyncmy import dialect as asyncmy_dialect
 from cloud.dead_letters import DeadLetters
 from cloud.journal.sqlite import SqliteJournal
 from cloud.runner import SinkRunner
-from cloud.sinks.contract import Record, Rejection, RetryLater, SinkBroken, SinkRefused, StoreChanged
+from cloud.sinks.contract import (
+    Record,
+    Rejection,
+    RetryLater,
+    SinkBroken,
+    SinkError,
+    SinkRefused,
+    StoreChanged,
+)
 from cloud.sinks.embedded import EmbeddedSink
 from cloud.sinks.mysql import DAYS_AHEAD, MAX_DAYS, MySqlSink, mysql_registry
 from config.cloud import MySQL
@@ -295,6 +303,49 @@ async def test_a_lock_held_for_a_moment_repeats_the_same_batch(store: Database) 
     await sink.write(some(2, at_ns=now_ns(), first=5), 3)
     await sink.close()
     assert len(await store.readings()) == 18
+
+
+async def test_the_loser_of_a_deadlock_writes_the_same_batch_again_and_nothing_is_lost_or_doubled(
+    store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.rows("SET GLOBAL innodb_lock_wait_timeout = 30")  # for connections made from now on
+    sink = store.sink()
+    await sink.open()
+    at_ns = now_ns()
+    await sink.write(some(2, at_ns=at_ns), 1)
+    await store.rows("CREATE TABLE ballast (n INT PRIMARY KEY) ENGINE=InnoDB")
+    numbers: list[object] = []
+    judge = sink.judge
+
+    def told(err: BaseException) -> SinkError:
+        numbers.append(err.args[0])
+        return judge(err)
+
+    monkeypatch.setattr(sink, "judge", told)
+    conn = await asyncmy.connect(
+        host=store.server.host, port=store.server.port, user=store.server.user, password=store.server.password,
+        database=store.name,
+    )  # fmt: skip
+    async with conn.cursor() as other:
+        # InnoDB ends the transaction that has changed less: this one has changed more.
+        await other.execute("INSERT INTO ballast VALUES " + ",".join(f"({n})" for n in range(5000)))
+        await other.execute("SELECT * FROM latest FOR UPDATE")  # what the sink takes last
+        writing = asyncio.create_task(sink.write(some(2, at_ns=at_ns, first=3), 2))
+        async with asyncio.timeout(20):
+            waiting = "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+            while not await store.rows(waiting):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.01)
+        await other.execute("SELECT * FROM cursors WHERE sink = 'mysql' FOR UPDATE")  # what it took first
+        await conn.rollback()
+    conn.close()
+    await writing
+    await sink.close()
+    await store.rows("SET GLOBAL innodb_lock_wait_timeout = 1")
+    assert numbers == [1213]
+    assert sorted(await store.rows("SELECT seq, count(*) FROM readings GROUP BY seq")) == [
+        (1, 3), (2, 3), (3, 3), (4, 3),
+    ]  # fmt: skip
+    assert await store.rows("SELECT upto_offset FROM cursors WHERE sink = 'mysql'") == [(2,)]
 
 
 async def test_latest_moves_forward_only(store: Database) -> None:
