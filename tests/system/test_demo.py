@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 from deltalake import DeltaTable
+
+import drivers.bthome
+from tests.demo.__main__ import Demo, check_decoder
 
 SECONDS = 14
 
@@ -68,3 +72,22 @@ def test_one_row_deleted_from_the_archive_fails_the_audit(kept: Path, tmp_path: 
     status, result, said = _demo("--again", str(folder))
     assert (status, result["ok"]) == (1, False)
     assert "wrong: archive" in said
+
+
+def test_without_a_dbus_daemon_the_real_decoder_is_shown_and_said_to_be_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    demo = Demo(tmp_path, 1.0)
+    with demo.bluetooth():
+        assert demo.ble == "decoder"
+        assert "DBUS_SYSTEM_BUS_ADDRESS" not in demo.env.keys() - os.environ.keys()
+    assert "100 advertisements go through the real decoder only (ble: decoder)" in capsys.readouterr().err
+
+
+def test_the_decoders_check_is_able_to_say_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_decoder() == 100
+    decode = drivers.bthome.decode
+    monkeypatch.setattr(drivers.bthome, "decode", lambda data: decode(data[:1]))
+    with pytest.raises(AssertionError):
+        check_decoder()
