@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import datetime
+import gzip
 import io
 import json
 import threading
@@ -19,7 +20,8 @@ import msgspec
 import pytest
 
 from cloud.sinks.contract import EventRecord, GapRecord, RetryLater, ScanRecord, SinkBroken
-from cloud.sinks.influxdb import Fault, InfluxSink, judge, tally
+from cloud.sinks.influxdb import Fault, InfluxSink, _Server, judge, tally
+from cloud.sinks.line_protocol import LineWriter
 from config.cloud import InfluxDB
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
@@ -179,6 +181,23 @@ async def test_every_reading_is_stored_once_however_often_it_is_written(
         assert bucket.count("heat", field) == 500, field
     stored = {value for (field, _), value in bucket.values("heat").items() if field == "count.exact"}
     assert stored == {str(2**60 + i) for i in range(1, 501)}
+    await sink.close()
+
+
+async def test_requests_that_leave_the_machine_are_compressed_and_read_all_the_same(
+    sink: InfluxSink, bucket: Bucket, scripted: Scripted
+) -> None:
+    records = [scan(layout("heat", ("a", "f64")), i, float(i), at_ns=now_ns()) for i in range(1, 501)]
+    body = b"\n".join(LineWriter().lines(records))
+    packed = _Server(bucket.settings(), bucket.server.token, compress=True)
+    assert packed.post(body) is None
+    packed.close()
+    assert bucket.count("heat", "a") == 500
+    told = _Server(scripted.settings, "a-token-of-some-length", compress=True)
+    told.post(body)
+    told.close()
+    assert scripted.stored == set(body.decode().split("\n"))
+    assert scripted.received_bytes < len(body) / 3
     await sink.close()
 
 
@@ -539,6 +558,7 @@ class Scripted:
     def __init__(self) -> None:
         self.requests: list[list[str]] = []
         self.stored: set[str] = set()
+        self.received_bytes = 0
         self.answer: Callable[[list[str]], tuple[int, dict[str, str], str]] = lambda _: (204, {}, "")
         script = self
 
@@ -549,7 +569,9 @@ class Scripted:
                 self._send(200, {}, json.dumps({"buckets": [{"name": "b", "retentionRules": []}]}))
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                script.received_bytes += len(raw)
+                body = (gzip.decompress(raw) if self.headers["Content-Encoding"] == "gzip" else raw).decode()
                 lines = body.split("\n") if body else []
                 script.requests.append(lines)
                 status, headers, text = script.answer(lines)

@@ -29,6 +29,7 @@ import asyncio
 import contextlib
 import email.utils
 import enum
+import gzip
 import logging
 import re
 import ssl
@@ -49,8 +50,8 @@ from drivers.contract import Reason
 from sync.identity import IdentityError, is_loopback, read_secret
 
 if TYPE_CHECKING:
-    from influxdb_client.client.write_api import WriteApi
     from influxdb_client.domain.bucket import Bucket
+    from influxdb_client.service.write_service import WriteService
 
 T = TypeVar("T")
 
@@ -166,7 +167,7 @@ class InfluxSink:
             log.warning(
                 "influxdb: %s is not TLS: the token and the readings cross the network in the open", host
             )
-        server = _Server(self._settings, token.reveal(), gzip=not is_loopback(host))
+        server = _Server(self._settings, token.reveal(), compress=not is_loopback(host))
         try:
             await asyncio.to_thread(server.prepare)
         except BaseException:
@@ -252,7 +253,7 @@ async def tally(settings: InfluxDB) -> dict[str, int]:
         except IdentityError as err:
             raise SinkBroken(str(err)) from err
         patient = msgspec.structs.replace(settings, timeout_s=max(settings.timeout_s, TALLY_TIMEOUT_S))
-        server = _Server(patient, token.reveal(), gzip=False)
+        server = _Server(patient, token.reveal(), compress=False)
         try:
             return server.tally()
         except _TimedOut as late:
@@ -431,9 +432,9 @@ class _TimedOut(Exception):
 class _Server:
     """The seam to `influxdb-client`: every foreign error becomes one of ours here. Its calls block."""
 
-    def __init__(self, settings: InfluxDB, token: str, *, gzip: bool) -> None:
+    def __init__(self, settings: InfluxDB, token: str, *, compress: bool) -> None:
         from influxdb_client.client.influxdb_client import InfluxDBClient
-        from influxdb_client.client.write_api import SYNCHRONOUS
+        from influxdb_client.service.write_service import WriteService as Writes
 
         self.max_body_bytes = CHUNK_BYTES
         self._settings = settings
@@ -444,19 +445,27 @@ class _Server:
                 token,
                 org=settings.org,
                 timeout=int(settings.timeout_s * 1000),
-                enable_gzip=gzip,
                 retries=False,  # the runner retries, and it alone
             )
         except (ValueError, OSError) as err:
             raise SinkBroken(f"{self._where}: {err}; check url") from err
-        self._write: WriteApi = self._client.write_api(write_options=SYNCHRONOUS)
+        # Not `write_api`: it would compress at level 9, at 0.5 M values a second; level 1 does 9 M for 20 % more bytes.
+        self._write: WriteService = Writes(self._client.api_client)  # type: ignore[no-untyped-call]
+        self._encoding = "gzip" if compress else "identity"
 
     def close(self) -> None:
         self._client.close()  # type: ignore[no-untyped-call]
 
     def post(self, body: bytes) -> Refusal | None:
         """None: all of it is written. Raises `RetryLater`, `SinkBroken`, `_TimedOut`."""
-        return self._refused(lambda: self._write.write(self._settings.bucket, self._settings.org, body))
+        if self._encoding == "gzip":
+            body = gzip.compress(body, GZIP_LEVEL)
+        return self._refused(
+            lambda: self._write.post_write(  # type: ignore[no-untyped-call]
+                self._settings.org, self._settings.bucket, body, precision="ns", content_encoding=self._encoding,
+                content_type="text/plain; charset=utf-8",
+            )
+        )  # fmt: skip
 
     def check(self) -> None:
         """Whether an empty write is accepted: address, token, organisation and bucket. Raises as `post` does."""
