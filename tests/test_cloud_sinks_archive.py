@@ -6,6 +6,7 @@ import datetime
 import errno
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import cast
@@ -592,3 +593,16 @@ async def test_many_layouts_gateways_and_days_in_one_call_all_arrive(tmp_path: P
         for r in rows(tmp_path)
     }
     assert found == expected
+
+
+async def test_the_query_of_the_readme_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "cloud" / "sinks" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sink = await opened(tmp_path)
+    await sink.write([scan(1, i, reasons={0: Reason.STUCK} if i == 3 else {}) for i in range(1, 11)], 1)
+    await sink.close()
+    code = code.replace("cloud-data/archive", str(tmp_path)).replace("duckdb.sql(", "found = duckdb.sql(")
+    code = code.replace(").show()", ").fetchall()")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own page
+    assert names["found"] == [("boiler", "flow", 10, 6.0, 1), ("boiler", "pump", 10, 0.5, 0)]

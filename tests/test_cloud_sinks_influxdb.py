@@ -8,6 +8,7 @@ import datetime
 import gzip
 import io
 import json
+import re
 import threading
 import time
 import urllib.parse
@@ -288,6 +289,23 @@ async def test_bad_readings_gaps_and_events_are_stored_too(sink: InfluxSink, buc
     assert bucket.count("heat", "b") == 1
     assert bucket.count("headgate_gaps", "scans") == 1
     assert bucket.count("headgate_events", "text") == 1
+    await sink.close()
+
+
+@pytest.mark.parametrize("stuck", [(), (3,)])
+async def test_the_query_of_the_readme_runs(sink: InfluxSink, bucket: Bucket, stuck: tuple[int, ...]) -> None:
+    page = (Path(__file__).parents[1] / "cloud" / "sinks" / "README.md").read_text()
+    (flux,) = re.findall(r"```flux\n(.*?)```", page, re.DOTALL)
+    of = layout("heating", ("flow", "f64"))
+    at = now_ns() // (60 * S) * 60 * S - 120 * S
+    records = [
+        scan(of, i, float(i), at_ns=at + i * S, reasons={0: Reason.STUCK} if i in stuck else {})
+        for i in range(1, 6)
+    ]
+    assert (await sink.write(records, 5)).rejected == ()
+    rows = bucket.query(flux.replace('"headgate"', f'"{bucket.name}"'))
+    good = [i for i in range(1, 6) if i not in stuck]
+    assert [float(row["_value"]) for row in rows] == [sum(good) / len(good)]
     await sink.close()
 
 
