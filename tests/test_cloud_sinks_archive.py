@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import errno
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import cast
 
@@ -482,6 +486,51 @@ async def test_data_is_on_disk_before_the_log_names_it_and_the_log_before_the_ca
     assert "tenant=acme" in synced[data:entry]
     assert "day=2026-11-23" in synced[data:entry]
     await sink.close()
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from tests.test_cloud_sinks_archive import LOCAL, AT, ArchiveSink, scan
+
+async def main() -> None:
+    sink = ArchiveSink(LOCAL, Path(sys.argv[1]))
+    offset = await sink.open() or 0
+    while True:
+        offset += 1
+        await sink.write([scan(offset, offset * 10 + i) for i in range(5)], offset)
+        print(offset, flush=True)
+        if offset % 7 == 0:
+            await sink.maintain(AT + offset * 3600 * 10**9)
+
+asyncio.run(main())
+"""
+
+
+def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    told = 0
+    for _ in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert writer.stdout is not None
+        for _ in range(rng.randrange(2, 12)):
+            line = writer.stdout.readline()
+            assert line, "the writer failed"
+            told = int(line)
+        time.sleep(rng.random() * 0.05)  # anywhere within a commit or a compaction
+        writer.kill()
+        rest = writer.stdout.read().split()
+        told = int(rest[-1]) if rest else told
+        writer.wait()
+    offset = asyncio.run(ArchiveSink(LOCAL, tmp_path).open()) or 0
+    assert offset - told in (0, 1)
+    assert sorted({int(str(i[3])) for i in identities(tmp_path)}) == [
+        n * 10 + i for n in range(1, offset + 1) for i in range(5)
+    ]
+    assert len(identities(tmp_path)) == len(set(identities(tmp_path))) == offset * 10
 
 
 # --- what goes wrong ---
