@@ -250,7 +250,8 @@ class MqttUplink:
             raise LinkDown(f"{self.name}: connect: {err.strerror or err}") from err
 
     async def _subscribe(self) -> None:
-        assert self._client is not None  # noqa: S101 - `_connect` has set it, or raised
+        if self._client is None:  # the broker took us in and threw us out in one breath
+            raise LinkDown(f"{self.name}: the broker closed the connection right after the login")
         topics = [self._gateway.topic("ack")]
         if self._on_command is not None:
             topics.append(self._gateway.topic("cmd"))

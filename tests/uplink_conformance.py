@@ -150,7 +150,7 @@ class UplinkConformance:
         uplink = await opened(way.uplink())
         way.far.answer = lambda _: SILENCE
         sends = [asyncio.create_task(uplink.send(batch(1 + 10 * n))) for n in range(3)]
-        await until(lambda: way.far.received)
+        await until(lambda: len(way.far.received) == len(sends))
         await way.cut()
         for outcome in await asyncio.wait_for(asyncio.gather(*sends, return_exceptions=True), 30):
             assert isinstance(outcome, LinkDown)
