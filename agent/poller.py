@@ -238,28 +238,29 @@ class DevicePoller:
     async def _listen(self, driver: PushDriver[Any, Any]) -> None:
         await self._connect(driver)
         scans = driver.scans()
+        since_ns, readings = boot_ns(), len(self._points)
         try:
             async for scan in scans:
                 self._keep(scan)
-                if driver.overruns != self._dropped_before:
-                    self._dropped(driver, scan)
+                since_ns, readings = scan.taken_at_ns, len(scan.values)
+                self._dropped(driver, since_ns, readings)
                 await self._share()
         finally:
+            self._dropped(driver, since_ns, readings)  # also where the driver fails: a new one counts from 0
             if isinstance(scans, AsyncGenerator):
                 await scans.aclose()
         raise RuntimeError("its driver stopped giving scans without saying why")
 
-    def _dropped(self, driver: PushDriver[Any, Any], scan: Scan) -> None:
-        """The driver's queue was full: what it dropped becomes a gap."""
+    def _dropped(self, driver: PushDriver[Any, Any], since_ns: int, readings: int) -> None:
+        """The driver's queue was full: what it dropped becomes a gap, of `readings` a scan."""
         dropped = driver.overruns - self._dropped_before
         self._dropped_before = driver.overruns
         if dropped <= 0:
             return
         self.gauge.health.overruns += dropped
-        now = boot_ns()
         self._store.record_gap(
-            "overrun", device=self.plan.name, scans=dropped, readings=dropped * len(scan.values),
-            from_boot_ns=scan.taken_at_ns, to_boot_ns=max(now, scan.taken_at_ns),
+            "overrun", device=self.plan.name, scans=dropped, readings=dropped * readings,
+            from_boot_ns=since_ns, to_boot_ns=max(boot_ns(), since_ns),
         )  # fmt: skip
 
     async def _connect(self, driver: AnyDriver) -> None:

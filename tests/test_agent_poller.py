@@ -588,6 +588,22 @@ async def test_what_a_full_queue_dropped_becomes_a_gap() -> None:
     assert poller.gauge.health.overruns == 5
 
 
+async def test_what_a_queue_dropped_before_its_driver_failed_is_told_all_the_same() -> None:
+    async def source() -> AsyncIterator[Scan]:
+        yield scan_of(1, 2)
+        driver.overruns += 3
+        raise ValueError("the driver's own fault")
+
+    async def goes_on() -> AsyncIterator[Scan]:
+        yield scan_of(5, 6)
+        await asyncio.sleep(3600)
+
+    driver, store = Speaking(source), ListStore()
+    async with running(poller_of(driver, store, build=lambda: Speaking(goes_on))):
+        await until(lambda: any(k.values == [5, 6] for k in store.kept))
+    assert store.gaps == [("overrun", "scale", 3, 6)]
+
+
 async def test_a_source_that_ends_or_breaks_is_started_again() -> None:
     async def ends() -> AsyncIterator[Scan]:
         yield scan_of(1, 2)
