@@ -58,6 +58,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 1024 * 1024  #: of one request; several per call, so that formatting and posting overlap
+CALL_REQUESTS: Final = 4  #: of `batch_lines` lines in one call
 POSTS: Final = 2  #: requests under way at once: the server has one to work on while the other travels
 MIN_CHUNK_BYTES: Final = 32 * 1024
 CALL_BYTES: Final = 2 * 1024 * 1024  #: of batch bytes per call, about a million readings
@@ -144,7 +145,7 @@ class InfluxSink:
     linger_s = 0.0
 
     def __init__(self, settings: InfluxDB) -> None:
-        self.max_records = settings.batch_lines
+        self.max_records = settings.batch_lines * CALL_REQUESTS
         self.max_bytes = CALL_BYTES
         self._settings = settings
         self._server: _Server | None = None
@@ -229,7 +230,7 @@ class InfluxSink:
             except Unwritable as err:
                 call.reject(i, (), str(err))
                 continue
-            if lines and size + len(text) >= self._chunk_bytes:
+            if lines and (size + len(text) >= self._chunk_bytes or len(lines) >= self._settings.batch_lines):
                 yield range(start, i), b"\n".join(lines)
                 lines, size, start = [], 0, i
             lines.append(text)
