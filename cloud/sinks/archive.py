@@ -380,7 +380,13 @@ class Table:
         )
         held: dict[int, set[str]] = {}
         with self._foreign():
-            scanner = self._opened.to_pyarrow_dataset().scanner(columns=["seq", *also], filter=wanted)
+            scanner = self._opened.to_pyarrow_dataset().scanner(
+                columns=["seq", *also],
+                filter=wanted,
+                batch_size=1 << 15,
+                batch_readahead=2,
+                fragment_readahead=1,
+            )
             for batch in scanner.to_batches():
                 found = batch.column("seq").to_pylist()
                 words = batch.column(also[0]).to_pylist() if also else [""] * len(found)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 BATCH_ROWS: Final = 2_000
+SCAN_ROWS: Final = 1 << 15  #: with little read ahead: pyarrow's own choice holds hundreds of MB
 NS_PER_DAY: Final = 86_400_000_000_000
 
 
@@ -96,7 +97,11 @@ class ArchiveReader:
             if table is None:
                 return {}
             scanner = table.to_pyarrow_dataset().scanner(
-                columns=["tenant", "gateway"], filter=wanted, batch_size=1 << 17
+                columns=["tenant", "gateway"],
+                filter=wanted,
+                batch_size=SCAN_ROWS,
+                batch_readahead=2,
+                fragment_readahead=1,
             )
             for batch in scanner.to_batches():
                 rows = (
@@ -137,7 +142,7 @@ class ArchiveReader:
             if table is None:
                 return
             scanner = table.to_pyarrow_dataset().scanner(
-                columns=columns, filter=wanted, batch_size=1 << 15, batch_readahead=2, fragment_readahead=1
+                columns=columns, filter=wanted, batch_size=SCAN_ROWS, batch_readahead=2, fragment_readahead=1
             )
             for batch in scanner.to_batches():
                 for at in range(0, batch.num_rows, BATCH_ROWS):
