@@ -7,7 +7,9 @@ cannot say (a certificate for an address that is not loopback, two gateways of o
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -177,6 +179,8 @@ def conflicts(config: Cloud) -> list[Conflict]:
         and config.influxdb.token_env is None
     ):
         wrong("influxdb.token_file", "is missing: give token_file or token_env; there is no default")
+    if config.influxdb is not None:
+        _refuse_plaintext(wrong, "influxdb.url", config.influxdb.url)
     if config.mysql is not None:
         if config.mysql.password_file is None and config.mysql.password_env is None:
             wrong(
@@ -192,12 +196,25 @@ def conflicts(config: Cloud) -> list[Conflict]:
         for key in ("access_key", "secret_key"):
             if getattr(archive, f"{key}_file") is None and getattr(archive, f"{key}_env") is None:
                 wrong(f"archive.{key}_file", f"is missing: give {key}_file or {key}_env; there is no default")
+    if archive.enabled and archive.endpoint is not None:
+        _refuse_plaintext(wrong, "archive.endpoint", archive.endpoint)
     if not (config.embedded.enabled or archive.enabled or config.influxdb or config.mysql):
         wrong(
             "embedded.enabled",
             "no sink is left: the journal would fill and then refuse everything; enable one",
         )
     return found
+
+
+def _refuse_plaintext(wrong: Callable[[str, str], None], path: str, url: str) -> None:
+    """Tokens and readings cross no network in the open."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return  # the sink says what is wrong with it
+    host = parts.hostname or ""
+    if parts.scheme == "http" and not _loopback(host):
+        wrong(path, f"{host} is not loopback, and plaintext is refused there; use https://")
 
 
 def _loopback(host: str) -> bool:

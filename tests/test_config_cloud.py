@@ -142,6 +142,16 @@ TOGETHER = [
     ('[influxdb]\nurl = "http://x"\norg = "o"', "influxdb.token_file", "no default"),
     ('[mysql]\nhost = "localhost"', "mysql.password_file", "no default"),
     ('[mysql]\nhost = "db.example"\npassword_env = "X"', "mysql.ca_file", "plaintext is refused"),
+    (
+        '[influxdb]\nurl = "http://db.example:8086"\norg = "o"\ntoken_env = "X"',
+        "influxdb.url",
+        "plaintext is refused",
+    ),
+    (
+        '[archive]\nendpoint = "http://s3.example"\naccess_key_env = "X"\nsecret_key_env = "Y"',
+        "archive.endpoint",
+        "plaintext is refused",
+    ),
     ('[archive]\nendpoint = "https://s3"', "archive.access_key_file", "no default"),
     ("[embedded]\nenabled = false\n[archive]\nenabled = false", "embedded.enabled", "no sink is left"),
 ]  # fmt: skip
