@@ -587,8 +587,11 @@ class SinkRunner:
         self._tries = 0 if first else self._tries + 1
         self._retries += 1
         ceiling_s = min(self._retry_cap_s, self._retry_base_s * 2 ** min(self._tries, 16))
-        asked_s = err.after_s if isinstance(err, RetryLater) else None
-        await self._pause(asked_s if asked_s is not None else self._rng.uniform(0.0, ceiling_s))
+        wait_s = self._rng.uniform(0.0, ceiling_s)
+        if isinstance(err, RetryLater) and err.after_s is not None:
+            # As long as it asks; where it asks for nothing, it is not hammered all the same.
+            wait_s = max(err.after_s, min(wait_s, self._retry_base_s))
+        await self._pause(wait_s)
 
     def _down(self, word: Word, err: Exception) -> None:
         self._error = str(err) or type(err).__name__

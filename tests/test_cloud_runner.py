@@ -227,6 +227,17 @@ async def test_retry_later_is_the_same_call_again_after_what_the_store_asks(here
     assert here.sink.calls == [((1, 2, 3), last)] * 3
 
 
+async def test_a_store_that_asks_for_no_wait_at_all_is_not_hammered(here: Fixture) -> None:
+    here.sink.fails.extend(RetryLater("busy", after_s=0.0) for _ in range(100_000))
+    runner = here.runner()
+    await here.append(batch(1, 3))
+    async with running(runner):
+        await until(lambda: len(here.sink.calls) >= 5)
+        before = len(here.sink.calls)
+        await asyncio.sleep(0.5)
+        assert len(here.sink.calls) - before < 300  # 5 ms apart in the mean
+
+
 async def test_backoff_is_full_jitter_below_a_growing_ceiling(here: Fixture) -> None:
     class Told(random.Random):
         ceilings: ClassVar[list[float]] = []
