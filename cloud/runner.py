@@ -197,7 +197,9 @@ class SinkRunner:
                 except SinkBroken as err:
                     self._down("broken", err)
                     await self._pause(self._broken_retry_s)
-                except Exception as err:
+                except (
+                    Exception
+                ) as err:  # a bug in one sink must not end its runner: it is said, and tried again
                     log.exception("sink %s failed", self.sink.name)
                     self._down("broken", err)
                     await self._pause(self._broken_retry_s)
@@ -496,7 +498,7 @@ class SinkRunner:
                 return err
             except SinkError:
                 raise
-            except Exception as err:
+            except Exception as err:  # a bug over some records is a refusal of them: bisected, never lost
                 log.exception("sink %s failed", self.sink.name)
                 return _NotTaken(f"the sink failed: {type(err).__name__}: {err}")
             else:

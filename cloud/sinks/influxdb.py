@@ -164,10 +164,6 @@ class InfluxSink:
         except IdentityError as err:
             raise SinkBroken(str(err)) from err
         host = urlsplit(self._settings.url).hostname or ""
-        if not self._settings.url.startswith("https://") and not is_loopback(host):
-            log.warning(
-                "influxdb: %s is not TLS: the token and the readings cross the network in the open", host
-            )
         server = _Server(self._settings, token.reveal(), compress=not is_loopback(host))
         try:
             await asyncio.to_thread(server.prepare)

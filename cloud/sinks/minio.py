@@ -30,7 +30,7 @@ import msgspec
 
 from cloud.sinks.contract import RetryLater, SinkBroken
 from config.cloud import Archive
-from sync.identity import IdentityError, is_loopback, read_secret
+from sync.identity import IdentityError, read_secret
 
 if TYPE_CHECKING:
     from minio.lifecycleconfig import LifecycleConfig, Rule
@@ -87,10 +87,6 @@ class Bucket:
         url = urlsplit(settings.endpoint)
         if url.scheme not in ("http", "https") or not url.netloc or url.path not in ("", "/"):
             raise SinkBroken(f"archive.endpoint {settings.endpoint!r}: expected https://host:port")
-        if url.scheme == "http" and not is_loopback(url.hostname or ""):
-            log.warning(
-                "%s is not TLS: keys and readings cross the network signed, but in the open", self._where
-            )
         access_key = _access_key(settings)
         try:
             secret_key = read_secret(
