@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import click
+
+from config.commands import LazyGroup
 
 DEFAULT_CONFIG = Path("/etc/headgate/agent.toml")
 
@@ -26,7 +28,27 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+#: The technician's and the engineer's commands, each in a module of its own: name -> (module, one line of help).
+ELSEWHERE: Final = {
+    "scan": ("agent.commands_scan", "Find devices: on Modbus lines, serial ports, Bluetooth."),
+    "probe": ("agent.commands_probe", "Read a range of registers and show what they could mean."),
+    "add": ("agent.commands_add", "Try a device and write it into the configuration."),
+    "read": ("agent.commands_read", "Read a device once, now."),
+    "watch": ("agent.commands_watch", "See a device's values as they come."),
+    "write": ("agent.commands_write", "Write a point of a device, and read it back."),
+    "doctor": ("agent.commands_doctor", "Check this gateway, step by step, with what to do about it."),
+    "report": ("agent.commands_report", "Write a support archive, without secrets."),
+    "simulate": ("agent.commands_simulate", "Serve a device, to try a configuration with no hardware."),
+    "profiles": ("agent.commands_profiles", "The device models that are described already."),
+    "driver": ("agent.commands_driver", "Write a driver of your own."),
+}
+
+
+class _Group(LazyGroup):
+    elsewhere = ELSEWHERE
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,

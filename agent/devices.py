@@ -7,7 +7,7 @@ through here, so what the check accepts is what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from agent.poller import DEADLINE_S, LONGEST_DEADLINE_S, Plan, phase_of
 from agent.validation import Rules
 from config.agent import Agent, Device
 from config.load import ConfigFileError, line_of
-from drivers import registry
+from drivers import profiles, registry
 from drivers.contract import ConfigError
 from drivers.registry import AnyDriver, TableError
 from sync.wire import MAX_POINTS
@@ -50,14 +50,15 @@ def build_devices(
 def build_device(device: Device) -> Built:
     """One device. Raises `ConfigError` (`TableError` where the key is known)."""
     where = f"device {device.name!r}"
-    if not device.point:
+    driver_name, options, points = _described(device, where)
+    if not points:
         raise TableError(f"{where}: it has no points; add at least one [[device.point]]", "point")
-    if len(device.point) > MAX_POINTS:
+    if len(points) > MAX_POINTS:
         raise TableError(
-            f"{where}: {len(device.point)} points; at most {MAX_POINTS} fit one device, so make it two",
+            f"{where}: {len(points)} points; at most {MAX_POINTS} fit one device, so make it two",
             "point",
         )
-    build = functools.partial(registry.build, device.name, device.driver, device.options, device.point)
+    build = functools.partial(registry.build, device.name, driver_name, options, points)
     driver = build()
     try:
         Rules(driver.points)
@@ -71,8 +72,8 @@ def build_device(device: Device) -> Built:
         deadline_s = max(DEADLINE_S, min(period_s, LONGEST_DEADLINE_S))
     plan = Plan(
         name=device.name,
-        driver=device.driver,
-        measurement=device.measurement or device.driver,
+        driver=driver_name,
+        measurement=device.measurement or driver_name,
         tags=tuple(sorted(device.tags.items())),
         points=tuple(driver.points),
         period_s=period_s,
@@ -81,6 +82,20 @@ def build_device(device: Device) -> Built:
         build=build,
     )
     return Built(plan, driver)
+
+
+def _described(
+    device: Device, where: str
+) -> tuple[str, Mapping[str, object], Sequence[Mapping[str, object]]]:
+    """The driver's name, options and points, with the profile's where one is named. Raises `TableError`."""
+    if device.profile is None:
+        return device.driver or "", device.options, device.point
+    try:
+        profile = profiles.load(device.profile)
+        options, points = profiles.merge(profile, device.options, device.point, device.only)
+    except ConfigError as err:
+        raise TableError(f"{where}: {err}", "profile") from err
+    return device.driver or profile.driver, options, points
 
 
 def all_points(built: Sequence[Built]) -> int:

@@ -5,12 +5,12 @@ Rule: a secret is never an argument; `token` writes one to a file that only its 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import Final
 
 import click
+
+from config.commands import LazyGroup
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -27,47 +27,14 @@ ELSEWHERE: Final = {
 }
 
 
-class _Lazy(click.Command):
-    """Stands for a command of another module: its help line is known here, the rest is loaded when it is called."""
-
-    def __init__(self, name: str, module: str, short_help: str) -> None:
-        super().__init__(name, short_help=short_help, add_help_option=False)
-        self._module = module
-
-    def real(self) -> click.Command:
-        found = getattr(importlib.import_module(self._module), str(self.name).replace("-", "_"))
-        if not isinstance(found, click.Command):
-            raise TypeError(f"{self._module} has no command {self.name!r}")
-        return found
-
-
-class _Group(click.Group):
-    """A group that also knows the commands of `ELSEWHERE` that are here."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), *(name for name in ELSEWHERE if self._here(name))])
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in ELSEWHERE and self._here(cmd_name):
-            module, text = ELSEWHERE[cmd_name]
-            return _Lazy(cmd_name, module, text)
-        return super().get_command(ctx, cmd_name)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command.real() if isinstance(command, _Lazy) else command, rest
-
-    @staticmethod
-    def _here(name: str) -> bool:
-        return importlib.util.find_spec(ELSEWHERE[name][0]) is not None
-
-
 class _Unusable(click.ClickException):
     """A configuration that cannot be used; ends with 2, as with `headgate`."""
 
     exit_code = 2
+
+
+class _Group(LazyGroup):
+    elsewhere = ELSEWHERE
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -80,7 +80,10 @@ SHORTEST_PERIOD_MS = 20
 
 class Device(_Strict, frozen=True, kw_only=True):
     name: Name
-    driver: Name
+    driver: Name | None = None  #: unset: the profile's
+    profile: Name | None = None  #: a device model that we or you described; its options and points come first
+    only: list[Name] | None = None  #: of the profile's points, these; unset: all
+    isolate: bool = False  #: a process of its own, for a driver that blocks or crashes
     period_ms: Annotated[int, Meta(ge=0, le=2_592_000_000)] = (
         1000  #: 20 and more; 0: as fast as it answers (to measure)
     )
@@ -95,6 +98,12 @@ class Device(_Strict, frozen=True, kw_only=True):
     point: list[Table] = []
 
     def __post_init__(self) -> None:
+        if self.driver is None and self.profile is None:
+            raise ValueError(
+                "driver: missing; name the driver, or a profile that knows it (headgate profiles)"
+            )
+        if self.only is not None and self.profile is None:
+            raise ValueError("only: chooses from a profile's points, and no profile is named")
         if 0 < self.period_ms < SHORTEST_PERIOD_MS:
             raise ValueError(
                 f"period_ms: {self.period_ms} is too short; the shortest is {SHORTEST_PERIOD_MS} (0: as fast as "

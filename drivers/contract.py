@@ -29,7 +29,7 @@ import enum
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import msgspec
 
@@ -78,6 +78,10 @@ class Reason(enum.IntEnum):
     MISSING = 139  #: the message has no such field
     OVERFLOW = 140  #: does not fit the point's type
     DRIVER = 141  #: the driver failed; its fault, not the device's
+    BUSY = 142  #: the device answered that it is busy (Modbus exceptions 5 and 6)
+    BEHIND_GATEWAY = (
+        143  #: a gateway answered that the device behind it does not (Modbus exceptions 10 and 11)
+    )
 
     @property
     def quality(self) -> Quality:
@@ -146,7 +150,18 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     description: str
     options: dict[str, Value] = {}
+    profile: str | None = None  #: the profile that seems to fit
+    points: tuple[dict[str, Any], ...] = ()  #: point tables, where the device itself told what it has
+    readings: dict[str, str] = {}  #: what it says now, for a person: name -> value with unit
     likelihood: float = 1.0  #: 0..1, for ordering
+
+
+class LineClaim(msgspec.Struct, frozen=True):
+    """The physical line that a device sits on. Devices of one `key` share it, if all ask for the same `settings`."""
+
+    key: str  #: what tells two lines apart: a resolved port, or a host and port
+    settings: str  #: what all on one line must agree on, in words: "9600 baud, 8N1, rtu"
+    shared: bool = True  #: False: this device needs the line for itself
 
 
 class DriverError(Exception):
@@ -209,6 +224,21 @@ class _Device(ABC, Generic[OptionsT, PointT]):
     @abstractmethod
     async def close(self) -> None:
         """Release everything. Never raises; safe to call twice, or without `connect`."""
+
+    def line(self) -> LineClaim | None:
+        """The line that this device needs, by its configuration alone (no IO but resolving a port's name). Two devices
+        that cannot share one are refused before anything runs. `None`: it is in nobody's way."""
+        return None
+
+    def remembered(self) -> bytes | None:
+        """What was learnt about the device and is wanted back after a restart (addresses it refuses, say); small.
+        `None`: nothing new since the last call. The agent keeps it beside its buffer."""
+        return None
+
+    def recall(self, remembered: bytes) -> None:
+        """What `remembered` gave in an earlier life, before the first `connect`. Never raises: what is not
+        understood, or is about another device, is ignored."""
+        return
 
     @classmethod
     def discover(cls) -> AsyncIterator[Found]:

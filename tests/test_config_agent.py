@@ -28,7 +28,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
 #: Keys whose default is "unset": the sample shows a value to give, and says in words what happens without.
 UNSET = {
     "uplink": {"ca_file", "token_file", "token_env"},
-    "device": {"phase_ms", "timeout_ms", "measurement", "tags"},
+    "device": {"profile", "only", "phase_ms", "timeout_ms", "measurement", "tags"},
     "device.point": {"one_of"},
 }
 GOOD = """
