@@ -47,6 +47,13 @@ class Span(msgspec.Struct, frozen=True):
         return self.first + self.count
 
 
+class Cost(msgspec.Struct, frozen=True):
+    """What asking costs on a line, so that a hole can be weighed against another request."""
+
+    request_s: float  #: one more request: its frames, the silence between them, the device's turnaround
+    register_s: float  #: one more register in a request that is made anyway
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one request may ask for."""
 
