@@ -59,7 +59,10 @@ def build_device(device: Device) -> Built:
             "point",
         )
     build = functools.partial(registry.build, device.name, driver_name, options, points)
-    driver = build()
+    try:
+        driver = build()
+    except TableError as err:
+        raise _blamed(device, points, err) from err
     try:
         Rules(driver.points)
     except ConfigError as err:
@@ -96,6 +99,13 @@ def _described(
     except ConfigError as err:
         raise TableError(f"{where}: {err}", "profile") from err
     return device.driver or profile.driver, options, points
+
+
+def _blamed(device: Device, points: Sequence[Mapping[str, object]], err: TableError) -> TableError:
+    """The error where it stands: a device that follows a profile may be wrong in the profile's file."""
+    if device.profile is None:
+        return err
+    return profiles.blame(profiles.load(device.profile), device.options, device.point, points, err)
 
 
 def all_points(built: Sequence[Built]) -> int:
