@@ -42,7 +42,7 @@ from drivers.contract import (
     ValueType,
     boot_ns,
 )
-from drivers.modbus_line import Address, Failure, Line, Replies, Reply, Request, SerialPort, TcpPort, line_of
+from drivers.modbus_line import Address, Failure, HostPort, Line, Replies, Reply, Request, SerialPort, line_of
 from drivers.modbus_plan import LAST_ADDRESS, MAX_BITS, MAX_REGISTERS, Block, Limits, Span, Table
 
 _TCP_TIMEOUT_MS: Final = 1000
@@ -380,7 +380,7 @@ def _address_of(options: ModbusOptions) -> Address:
             "options: framing 'rtu' needs serial; for a serial line behind a host: 'rtu_over_tcp'"
         )
     assert options.host is not None  # noqa: S101 - one of the two, as just checked
-    return TcpPort(options.host, options.port, options.framing == "rtu_over_tcp")
+    return HostPort(options.host, options.port, options.framing or "tcp")
 
 
 def _span_of(point: ModbusPoint) -> Span:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import struct
 import termios
 import weakref
@@ -34,6 +33,9 @@ from pymodbus.framer import FramerRTU
 from pymodbus.transport.serialtransport import create_serial_connection
 
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, boot_ns
+from drivers.modbus_address import Address, HostPort, SerialPort
+
+__all__ = ["Address", "Failure", "HostPort", "Line", "Replies", "Reply", "Request", "SerialPort", "line_of"]
 
 _MBAP: Final = struct.Struct(">HHHB")  #: transaction, protocol (0), bytes that follow, unit
 _MBAP_SIZE: Final = 7
@@ -41,50 +43,6 @@ _LENGTH_AT: Final = 6  #: the length counts what follows it: unit and PDU
 _MAX_ADU: Final = 260  #: Modbus messaging on TCP/IP 1.0b, 4.1
 _BUFFER_SIZE: Final = 4 * _MAX_ADU
 _BABBLE_S: Final = 2.0  #: a line that never falls silent is used again after this; the checks must do
-
-
-class SerialPort(msgspec.Struct, frozen=True):
-    """A serial port and its settings."""
-
-    device: str
-    baud: int
-    parity: str  #: N, E or O
-    stop_bits: int
-
-    @property
-    def character_s(self) -> float:
-        """Start bit, 8 data bits, parity, stop bits."""
-        return (1 + 8 + (self.parity != "N") + self.stop_bits) / self.baud
-
-    @property
-    def silence_s(self) -> float:
-        """Between frames: 3.5 characters; fixed above 19200 baud (Modbus over serial line 1.02, 2.5.1.1)."""
-        return 0.00175 if self.baud > 19200 else 3.5 * self.character_s
-
-    @property
-    def key(self) -> str:
-        return os.path.realpath(self.device)
-
-    def __str__(self) -> str:
-        return f"{self.device} ({self.baud} baud, 8{self.parity}{self.stop_bits})"
-
-
-class TcpPort(msgspec.Struct, frozen=True):
-    """A host and port; `rtu` where it is a serial line behind a transparent gateway."""
-
-    host: str
-    port: int
-    rtu: bool
-
-    @property
-    def key(self) -> str:
-        return f"{self.host.lower()}:{self.port}"
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}{' (RTU over TCP)' if self.rtu else ''}"
-
-
-Address: TypeAlias = SerialPort | TcpPort
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
@@ -415,7 +373,7 @@ class Line:
 
     def _looks_dead(self, wire: _Wire) -> bool:
         """A connection that brought nothing may be half open. With other users on it, be slower to blame it."""
-        return isinstance(self.address, TcpPort) and wire.unanswered >= (1 if len(self.users) == 1 else 3)
+        return isinstance(self.address, HostPort) and wire.unanswered >= (1 if len(self.users) == 1 else 3)
 
     async def _opened(self, timeout_s: float) -> _MbapWire | _RtuWire:
         loop = asyncio.get_running_loop()
@@ -431,7 +389,7 @@ class Line:
                         lambda: made,
                         address.device,
                         baudrate=address.baud,
-                        bytesize=8,
+                        bytesize=address.data_bits,
                         parity=address.parity,
                         stopbits=address.stop_bits,
                         timeout=timeout_s,
@@ -441,7 +399,7 @@ class Line:
                     )  # pymodbus' transport says `connection_made` on the loop's next turn
                     await asyncio.sleep(0)
                 else:
-                    wire = _RtuWire(loop, 0.0) if address.rtu else _MbapWire(loop)
+                    wire = _RtuWire(loop, 0.0) if address.framing == "rtu_over_tcp" else _MbapWire(loop)
                     made = wire
                     await loop.create_connection(lambda: made, address.host, address.port)
         except TimeoutError as err:
@@ -482,16 +440,10 @@ def line_of(address: Address, user: str) -> Line:
     """The line at this address, with one user more. Raises `ConfigError` if another user set it up otherwise."""
     lines = _lines.setdefault(asyncio.get_running_loop(), {})
     line = lines.setdefault(address.key, Line(address))
-    if not _same_settings(line.address, address):
+    if line.address.settings != address.settings:
         raise ConfigError(
             f"{user} wants {address}, but {', '.join(line.users)} on the same line has {line.address}; "
             "all devices of one line need the same settings"
         )
     line.users.append(user)
     return line
-
-
-def _same_settings(one: Address, other: Address) -> bool:
-    if isinstance(one, SerialPort) and isinstance(other, SerialPort):
-        return (one.baud, one.parity, one.stop_bits) == (other.baud, other.parity, other.stop_bits)
-    return isinstance(one, TcpPort) and isinstance(other, TcpPort) and one.rtu == other.rtu

@@ -1,0 +1,86 @@
+"""Where a Modbus line is: a serial port with its settings, or a host and port. Plain values, made to travel over a
+socket (tagged, so that an address is known for what it is).
+
+Two addresses of one `key` are one physical line; all who use it must agree on its `settings`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from drivers.contract import LineClaim
+from drivers.port_key import port_key
+
+_FAST_BAUD = 19200
+_FAST_SILENCE_S = 0.00175  #: above 19,200 baud (Modbus over serial line 1.02, 2.5.1.1)
+_SILENCE_CHARACTERS = 3.5  #: up to there
+
+
+class SerialPort(msgspec.Struct, frozen=True, tag="serial"):
+    """A serial port and its settings. ASCII is usually sent with 7 data bits, RTU needs 8."""
+
+    device: str
+    baud: int
+    parity: str  #: N, E or O
+    stop_bits: int
+    data_bits: int = 8
+    framing: Literal["rtu", "ascii"] = "rtu"
+
+    @property
+    def character_s(self) -> float:
+        """Start bit, data bits, parity, stop bits."""
+        return (1 + self.data_bits + (self.parity != "N") + self.stop_bits) / self.baud
+
+    @property
+    def silence_s(self) -> float:
+        """Between RTU frames. ASCII frames have a start and an end of their own and need none."""
+        if self.framing == "ascii":
+            return 0.0
+        return _FAST_SILENCE_S if self.baud > _FAST_BAUD else _SILENCE_CHARACTERS * self.character_s
+
+    @property
+    def key(self) -> str:
+        return port_key(self.device)
+
+    @property
+    def settings(self) -> str:
+        return f"{self.baud} baud, {self.data_bits}{self.parity}{self.stop_bits}, {self.framing}"
+
+    def claim(self) -> LineClaim:
+        return LineClaim(self.key, self.settings)
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.settings})"
+
+
+class HostPort(msgspec.Struct, frozen=True, tag="host"):
+    """A host and port: a Modbus TCP or UDP device or gateway, or a serial line behind a transparent one."""
+
+    host: str
+    port: int
+    framing: Literal["tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"] = "tcp"
+
+    @property
+    def key(self) -> str:
+        """TCP and UDP port numbers are two worlds; what is sent through a TCP port is a setting of it."""
+        return f"{self.host.lower()}:{self.port}{'/udp' if self.framing == 'udp' else ''}"
+
+    @property
+    def settings(self) -> str:
+        return self.framing.replace("_", " ")
+
+    @property
+    def has_transactions(self) -> bool:
+        """A reply names its request; else a late one looks like the answer to the next."""
+        return self.framing in ("tcp", "udp")
+
+    def claim(self) -> LineClaim:
+        return LineClaim(self.key, self.settings)
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}{'' if self.framing == 'tcp' else f' ({self.settings})'}"
+
+
+Address: TypeAlias = SerialPort | HostPort
