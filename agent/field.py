@@ -13,13 +13,27 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+import math
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Final, Protocol
 
 import msgspec
 
 from config.agent import Device
-from drivers.contract import LineClaim, Reason, Scan, Value, engineering
+from config.load import nearest
+from drivers.codec import fitting, limits_of
+from drivers.contract import (
+    LineClaim,
+    Point,
+    PointRefused,
+    Reason,
+    Scan,
+    Value,
+    ValueType,
+    boot_ns,
+    engineering,
+)
 from drivers.modbus_line import Address, Replies, Request
 
 
@@ -49,13 +63,15 @@ class LineInUse(msgspec.Struct, frozen=True):
 
 
 class Reloaded(msgspec.Struct, frozen=True):
-    """What a reload of the configuration did, by device name. `errors`: the file was refused and nothing changed."""
+    """What a reload of the configuration did, by device name. `errors`: the file was refused and nothing changed.
+    `notes`: what else changed in the file, and takes a restart of the agent."""
 
     started: list[str] = []
     stopped: list[str] = []
     changed: list[str] = []
     unchanged: int = 0
     errors: list[str] = []
+    notes: list[str] = []
 
 
 class FieldError(Exception):
@@ -119,3 +135,81 @@ def shown(device: str, scan: Scan, *, wall_ns: int) -> Look:
             seen = raw if plain else engineering(raw, point.scale, point.offset)
         readings.append(Shown(point.name, seen, raw, point.unit, reason))
     return Look(device, wall_ns, readings)
+
+
+def wall_ns_of(taken_at_ns: int) -> int:
+    """The wall-clock time of a boot-clock stamp, by both clocks as they stand now."""
+    return time.time_ns() - (boot_ns() - taken_at_ns)
+
+
+_NOISE: Final = 1e-9  #: relative: what a decimal number and its scale leave in a double
+
+
+def raw_of(point: Point, value: Value) -> Value:
+    """The raw value that is written for `value`, as a person gives it. Raises `PointRefused`; never rounds away what
+    the person meant: a value between two steps is refused, with both neighbours named."""
+    if point.type is ValueType.STR:
+        if not isinstance(value, str):
+            raise PointRefused(point.name, f"{value!r} is not text")
+        return value
+    if point.type is ValueType.BOOL:
+        if isinstance(value, str) or value not in (0, 1):
+            raise PointRefused(point.name, f"{value!r} is not true or false")
+        return bool(value)
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise PointRefused(point.name, f"{value!r} is not a number")
+    _check_range(point, value)
+    try:
+        raw = _unscaled(point, value)
+        if raw in point.not_available:
+            raise PointRefused(point.name, f"{value:g} is the device's own code for 'no value here'")
+        return fitting(raw, point.type)
+    except (ValueError, OverflowError, ZeroDivisionError) as err:
+        raise PointRefused(point.name, f"{value:g} cannot be written: {err}") from err
+
+
+def _check_range(point: Point, value: float) -> None:
+    low, high = point.valid_min, point.valid_max
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = " to ".join("any" if limit is None else f"{limit:g}" for limit in (low, high))
+        raise PointRefused(
+            point.name, f"{value:g} is outside valid_min..valid_max ({bounds} {point.unit}".rstrip() + ")"
+        )
+    if point.one_of is not None and value not in point.one_of:
+        codes = ", ".join(f"{code:g}" for code in point.one_of)
+        raise PointRefused(point.name, f"{value:g} is not one of its values ({codes})")
+
+
+def _unscaled(point: Point, value: float) -> int | float:
+    """The inverse of `engineering`. Raises `PointRefused` for what an integer type cannot hold exactly."""
+    if point.type in (ValueType.F32, ValueType.F64):
+        return (value - point.offset) / point.scale
+    if isinstance(value, int) and point.scale == 1.0 and not point.offset:
+        return value  # of 64 bits: a double would lose digits
+    raw = (value - point.offset) / point.scale
+    whole = round(raw)
+    if abs(raw - whole) > _NOISE * max(1.0, abs(raw), abs(point.offset / point.scale)):
+        low, high = limits_of(point.type)
+        near = sorted(
+            engineering(n, point.scale, point.offset)
+            for n in (math.floor(raw), math.ceil(raw))
+            if low <= n <= high
+        )
+        nearby = " and ".join(f"{n:.12g}" for n in near) or "none that fits"
+        raise PointRefused(
+            point.name, f"{value:g} falls between two steps of {abs(point.scale):g}; the nearest are {nearby}"
+        )
+    return whole
+
+
+def unknown_device(name: str, known: Iterable[str], where: str) -> UnknownDevice:
+    """`where`: "agent.toml", or what else was looked in."""
+    return UnknownDevice(f"no device {name!r} in {where}{nearest(name, known)}")
+
+
+def point_of(device: str, points: Iterable[Point], name: str) -> Point:
+    """The point of this name. Raises `UnknownDevice` with the nearest."""
+    by_name = {point.name: point for point in points}
+    if name not in by_name:
+        raise UnknownDevice(f"{device} has no point {name!r}{nearest(name, by_name)}")
+    return by_name[name]
