@@ -30,7 +30,7 @@ from agent.field import (
     unknown_device,
     wall_ns_of,
 )
-from agent.poller import CLOSE_S, DEADLINE_S
+from agent.poller import CLOSE_S, DEADLINE_S, PUSH_READ_S
 from agent.validation import Rules, ScanShapeError
 from config.agent import Device
 from drivers.contract import (
@@ -50,7 +50,6 @@ from drivers.registry import AnyDriver
 
 T = TypeVar("T")
 
-PUSH_READ_S: Final = 30.0  #: how long a read waits for a device that speaks when it likes
 _MOST_LINES: Final = 16  #: kept open by one technician; the one not used for longest is closed
 _WATCH_AGAIN_S: Final = 1.0  #: a device that is away is tried no more often
 

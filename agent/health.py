@@ -124,6 +124,10 @@ class Gauge:
             ring[self._count % _RING] = duration_ns
         self._count += 1
 
+    def typical_s(self) -> float:
+        """How long a read usually takes, or 0 where there was none yet."""
+        return percentile(sorted(self._ring), 50) / 1e9 if self._ring else 0.0
+
     def enter(self, state: State, why: str = "", reason: Reason | None = None) -> bool:
         """The device's new state; True where it is new (so that it is said once)."""
         health = self.health

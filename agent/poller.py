@@ -11,6 +11,9 @@ Rules:
    device with the remedy, and any other exception is the driver's own fault: a new driver is built, with backoff.
 5. A change of state is logged once, when it happens; retries in between are DEBUG. One damaged message is a bad scan,
    not a change of state; a device that comes and goes is told of a few times an hour, and its health tells the rest.
+6. What a technician asks of a device (`ask_read`, `ask_write`) is served by its own task, between two polls, so calls
+   into a driver never overlap. It waits until after the next poll where it would probably delay that; what it read is
+   shown, not kept. A device that is down is tried at once.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ import random
 import struct
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from time import perf_counter_ns
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -35,16 +38,21 @@ from drivers.contract import (
     ConfigError,
     DeviceUnreachable,
     Driver,
+    DriverError,
     Point,
+    PointRefused,
     PushDriver,
     Reason,
     Scan,
+    Value,
     boot_ns,
 )
 from drivers.registry import AnyDriver
 from sync.wire import Layout, Packing, WireError, encode_scan, layout_of
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 BACKOFF_CAP_S: Final = 8.0  #: with the wait for a slot, a device that is back is read within 10 s
 RESTART_MIN_S: Final = 1.0
@@ -57,6 +65,9 @@ _GRACE: Final = 0.1  #: of a period: a slot this little late is served late inst
 _SHARE_EVERY: Final = 16  #: scans of a device that never waits, until the others get a turn
 _BAD_IN_A_ROW: Final = 3  #: scans without one usable value until the device counts as down
 _CHANGES_TOLD: Final = 12  #: changes of one device's state in an hour that the log tells
+PUSH_READ_S: Final = 30.0  #: how long somebody who asks waits for a device that speaks when it likes
+_MOST_ASKED: Final = 64  #: requests that wait for one device
+_WATCH_SIZE: Final = 64  #: scans that a slow onlooker may be behind
 _MOST_PACKINGS: Final = 256  #: selections of points in one device's messages, until the cache starts afresh
 
 
@@ -137,12 +148,62 @@ class Schedule:
         return math.ceil((now_s - self.phase_s) / self.period_s - _GRACE)
 
 
+class _Asked(msgspec.Struct):
+    """What somebody asks of a device: to be read, or (with a point) to be written and that point read back."""
+
+    answer: asyncio.Future[Scan]
+    point: Point | None = None
+    raw: Value = 0
+    waited: bool = False  #: for a poll that was due: it is served after that one, come what may
+
+
+class Watch:
+    """One device's scans, for somebody who looks on: as they were judged, failed attempts too. Who is too slow misses
+    the oldest."""
+
+    __slots__ = ("_ended", "_scans", "_wake", "missed")
+
+    def __init__(self) -> None:
+        self._scans: deque[Scan] = deque()
+        self._wake = asyncio.Event()
+        self._ended = False
+        self.missed = 0  #: scans
+
+    def show(self, scan: Scan) -> None:
+        if len(self._scans) >= _WATCH_SIZE:
+            self._scans.popleft()
+            self.missed += 1
+        self._scans.append(scan)
+        self._wake.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._wake.set()
+
+    async def next(self) -> Scan | None:
+        """The next scan; `None` once the device is polled no more."""
+        while not self._scans:
+            if self._ended:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        return self._scans.popleft()
+
+
 class DevicePoller:
     """One device's task. `run` returns only where the configuration stops the device; else it is cancelled."""
 
-    def __init__(self, plan: Plan, driver: AnyDriver, store: Store, gauge: Gauge, rng: random.Random) -> None:
-        """`driver` is the first one, already built. Raises `ConfigError` for rules that cannot be judged,
-        and for more points than can travel together."""
+    def __init__(
+        self,
+        plan: Plan,
+        driver: AnyDriver,
+        store: Store,
+        gauge: Gauge,
+        rng: random.Random,
+        memory: bytes | None = None,
+    ) -> None:
+        """`driver` is the first one, already built; `memory` is what it remembered in an earlier life. Raises
+        `ConfigError` for rules that cannot be judged, and for more points than can travel together."""
         self.plan = plan
         self.gauge = gauge
         self._driver = driver
@@ -161,10 +222,81 @@ class DevicePoller:
         self._told_s: deque[float] = deque(maxlen=_CHANGES_TOLD)  #: when changes of state were logged
         self._unshared = 0
         self._dropped_before = 0  #: by the driver's own queue
+        self._memory = memory
+        self._asked: deque[_Asked] = deque()
+        self._waker: asyncio.Future[None] | None = None  #: while the task waits for its next slot
+        self._watches: list[Watch] = []
+        self._over: DriverError | None = None  #: why `run` ended
+
+    # --- for others, on the same loop ---
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return self._points
+
+    @property
+    def driver(self) -> AnyDriver:
+        return self._driver
+
+    async def ask_read(self) -> Scan:
+        """A fresh read; of a pushing device its next message. Raises `DeviceUnreachable`, `ConfigError`."""
+        asked = self._ask(_Asked(asyncio.get_running_loop().create_future()))
+        if isinstance(self._driver, Driver):
+            return await asked.answer
+        try:
+            async with asyncio.timeout(PUSH_READ_S):
+                return await asked.answer
+        except TimeoutError:
+            raise DeviceUnreachable(f"it said nothing within {PUSH_READ_S:g} s", Reason.TIMEOUT) from None
+
+    async def ask_write(self, point: Point, raw: Value) -> Scan:
+        """Write one raw value, and read that point back. Raises `PointRefused` too. Who stops waiting before the
+        write began has undone it; after that it is carried out."""
+        if not isinstance(self._driver, Driver):
+            raise PointRefused(point.name, "the device speaks by itself and cannot be written")
+        return await self._ask(_Asked(asyncio.get_running_loop().create_future(), point, raw)).answer
+
+    def watch(self) -> Watch:
+        """Every scan from now on. Given back by `unwatch`."""
+        watch = Watch()
+        if self._over is not None:
+            watch.end()
+        self._watches.append(watch)
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        if watch in self._watches:
+            self._watches.remove(watch)
+
+    def remembered(self) -> bytes | None:
+        """What the driver has learnt since this was last asked, if anything."""
+        try:
+            learnt = self._driver.remembered()
+        except Exception as err:  # noqa: BLE001 - a driver's fault is told, and stays with its device
+            log.warning(
+                "%s: its driver cannot say what it learnt: %s: %s", self.plan.name, type(err).__name__, err
+            )
+            return None
+        if learnt is not None:
+            self._memory = learnt
+        return learnt
+
+    def _ask(self, asked: _Asked) -> _Asked:
+        if self._over is not None:
+            raise self._over
+        if len(self._asked) >= _MOST_ASKED:
+            raise DeviceUnreachable(f"{len(self._asked)} requests wait for it already", Reason.BUSY)
+        self._asked.append(asked)
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+        return asked
+
+    # --- its task ---
 
     async def run(self) -> None:
         """Connect, read, and go on after every failure."""
         broken = False
+        self._recall()
         try:
             while True:
                 try:
@@ -173,6 +305,7 @@ class DevicePoller:
                         self._points = tuple(self._driver.points)
                         self._rules = Rules(self._points)
                         self._dropped_before = 0
+                        self._recall()
                         broken = False
                     if isinstance(self._driver, Driver):
                         await self._poll(self._driver)
@@ -180,8 +313,10 @@ class DevicePoller:
                         await self._listen(self._driver)
                 except DeviceUnreachable as err:
                     wait_s = self._unreachable(err)
+                    self._refuse_asked(err)
                 except ConfigError as err:
                     self._misconfigured(err)
+                    self._over = err
                     return
                 except asyncio.CancelledError as err:
                     task = asyncio.current_task()
@@ -193,9 +328,14 @@ class DevicePoller:
                     wait_s = self._fault(err)
                     broken = True
                 if broken:
+                    self._refuse_asked(DeviceUnreachable(self.gauge.health.why, Reason.DRIVER))
                     await self._close()
-                await asyncio.sleep(wait_s)
+                await self._pause(asyncio.get_running_loop().time() + wait_s, None)
         finally:
+            self._over = self._over or DeviceUnreachable("it is not polled any more")
+            self._refuse_asked(self._over)
+            for watch in self._watches:
+                watch.end()
             await self._close()
             if self.gauge.health.state is not State.MISCONFIGURED:
                 self.gauge.enter(State.STOPPED)
@@ -207,6 +347,8 @@ class DevicePoller:
         loop = asyncio.get_running_loop()
         health, schedule, points = self.gauge.health, self._schedule, self._points
         read, deadline_s, took, keep = driver.read, self.plan.deadline_s, self.gauge.took, self._keep
+        if self._asked:
+            await self._serve(driver, loop.time())
         health.missed += schedule.start(loop.time())
         while True:
             started = perf_counter_ns()
@@ -229,9 +371,83 @@ class DevicePoller:
                 health.overruns += skipped
             if when_s > now_s:
                 self._unshared = 0
-                await asyncio.sleep(when_s - now_s)
+                await self._pause(when_s, driver)
             else:
+                if self._asked:
+                    await self._serve(driver, now_s)
                 await self._share()
+
+    async def _pause(self, until_s: float, driver: Driver[Any, Any] | None) -> None:
+        """Until then, serving what is asked meanwhile. Without a driver (the device is down) what is asked ends the
+        pause, so that it is tried at once."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._asked:
+                if driver is None:
+                    return
+                await self._serve(driver, until_s)
+            if loop.time() >= until_s:
+                return
+            self._waker = waker = loop.create_future()
+            timer = loop.call_at(until_s, _wake, waker)
+            try:
+                await waker
+            finally:
+                timer.cancel()
+                self._waker = None
+
+    async def _serve(self, driver: Driver[Any, Any], due_s: float) -> None:
+        """What is asked, one after the other, but nothing that would probably delay the poll due at `due_s`."""
+        loop = asyncio.get_running_loop()
+        while self._asked:
+            asked = self._asked[0]
+            if not asked.waited and loop.time() < due_s < loop.time() + self.gauge.typical_s():
+                for each in self._asked:
+                    each.waited = True
+                return
+            self._asked.popleft()
+            if asked.answer.done():
+                continue  # nobody waits for it any more
+            try:
+                scan = await self._answered(driver, asked)
+            except PointRefused as err:
+                _refuse(asked, err)
+            except DriverError as err:
+                _refuse(asked, err)
+                raise
+            except asyncio.CancelledError:
+                _refuse(asked, DeviceUnreachable("it is not polled any more"))
+                raise
+            except Exception as err:  # what it is, `run` judges
+                _refuse(
+                    asked,
+                    DeviceUnreachable(f"its driver failed: {type(err).__name__}: {err}", Reason.DRIVER),
+                )
+                raise
+            else:
+                if not asked.answer.done():
+                    asked.answer.set_result(scan)
+
+    async def _answered(self, driver: Driver[Any, Any], asked: _Asked) -> Scan:
+        points = self._points
+        if asked.point is not None:
+            await self._within(driver.write(asked.point, asked.raw))
+            points = (asked.point,)
+        return self._rules.apply(await self._within(driver.read(points)))
+
+    async def _within(self, call: Awaitable[_T]) -> _T:
+        deadline = asyncio.timeout(self.plan.deadline_s)
+        try:
+            async with deadline:
+                return await call
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeviceUnreachable(f"no answer within {self.plan.deadline_s:g} s", Reason.TIMEOUT) from None
+
+    def _refuse_asked(self, err: DriverError) -> None:
+        while self._asked:
+            _refuse(self._asked.popleft(), err)
 
     # --- a device that speaks ---
 
@@ -241,7 +457,11 @@ class DevicePoller:
         since_ns, readings = boot_ns(), len(self._points)
         try:
             async for scan in scans:
-                self._keep(scan)
+                judged = self._keep(scan)
+                while self._asked:
+                    answer = self._asked.popleft().answer
+                    if not answer.done():
+                        answer.set_result(judged)
                 since_ns, readings = scan.taken_at_ns, len(scan.values)
                 self._dropped(driver, since_ns, readings)
                 await self._share()
@@ -283,18 +503,25 @@ class DevicePoller:
 
     # --- a scan's way ---
 
-    def _keep(self, scan: Scan) -> None:
-        """Judge, encode, append: the whole cost of a scan on our side."""
+    def _keep(self, scan: Scan) -> Scan:
+        """Judge, encode, append: the whole cost of a scan on our side. The scan as it was judged."""
         scan = self._rules.apply(scan)
         values = scan.values
         if self._append(scan, len(values)):
             self.gauge.count(scan)
         else:
             self.gauge.health.overruns += 1
+        if self._watches:
+            self._show(scan)
         if self.gauge.health.state is State.OK and len(scan.reasons) < len(values):
             self._bad_in_a_row = 0
-            return
-        self._noticed(scan)
+        else:
+            self._noticed(scan)
+        return scan
+
+    def _show(self, scan: Scan) -> None:
+        for watch in self._watches:
+            watch.show(scan)
 
     def _append(self, scan: Scan, readings: int) -> bool:
         packing = self._packing if scan.points is self._points else self._packing_of(scan)
@@ -336,6 +563,7 @@ class DevicePoller:
             self.gauge.count(scan)
         else:
             self.gauge.health.overruns += 1
+        self._show(scan)
 
     # --- states, each said once ---
 
@@ -417,10 +645,23 @@ class DevicePoller:
     def _misconfigured(self, err: ConfigError) -> None:
         """Only a human can help: stop this device, and say what to change."""
         self.gauge.enter(State.MISCONFIGURED, str(err))
-        self.gauge.health.remedy = "change its configuration, then restart the agent"
+        self.gauge.health.remedy = "change its configuration, then reload it: systemctl reload headgate"
         self._keep_bad(Reason.DRIVER)
         log.error("%s: stopped, its configuration cannot work: %s", self.plan.name, err)
         self._store.record_event("misconfigured", str(err), self.plan.name)
+
+    def _recall(self) -> None:
+        if self._memory is None:
+            return
+        try:
+            self._driver.recall(self._memory)
+        except Exception as err:  # noqa: BLE001 - promised not to raise; and it can learn again
+            log.warning(
+                "%s: what its driver had learnt is of no use: %s: %s",
+                self.plan.name,
+                type(err).__name__,
+                err,
+            )
 
     async def _close(self) -> None:
         try:
@@ -428,3 +669,13 @@ class DevicePoller:
                 await self._driver.close()
         except Exception as err:  # noqa: BLE001 - a driver that cannot even close must not hold up the others
             log.warning("%s: its driver failed to close: %s: %s", self.plan.name, type(err).__name__, err)
+
+
+def _wake(waker: asyncio.Future[None]) -> None:
+    if not waker.done():
+        waker.set_result(None)
+
+
+def _refuse(asked: _Asked, err: DriverError) -> None:
+    if not asked.answer.done():
+        asked.answer.set_exception(err)
