@@ -615,7 +615,8 @@ class DevicePoller:
         self._down(str(err), err.reason)
         self._keep_bad(err.reason)
         period_s = self.plan.period_s
-        jitter_s = full_jitter(self._attempt, min(max(period_s, 0.1), 1.0), BACKOFF_CAP_S, self._rng)
+        cap_s = BACKOFF_CAP_S if err.retry_within_s is None else min(BACKOFF_CAP_S, err.retry_within_s)
+        jitter_s = full_jitter(self._attempt, min(max(period_s, 0.1), 1.0), cap_s, self._rng)
         self._attempt += 1
         now_s = asyncio.get_running_loop().time()
         if isinstance(self._driver, Driver) and 0 < period_s <= _ALIGN_UP_TO_S:

@@ -169,11 +169,17 @@ class DriverError(Exception):
 
 
 class DeviceUnreachable(DriverError):
-    """The device did not answer, or its line is gone: retried with backoff. `reason` goes on every point."""
+    """The device did not answer, or its line is gone: retried with backoff. `reason` goes on every point.
 
-    def __init__(self, text: str, reason: Reason = Reason.DISCONNECTED) -> None:
+    `retry_within_s`: the next try comes no later than this, however long the device has been away. For what is cheap to
+    look for, such as a port that is not plugged in."""
+
+    def __init__(
+        self, text: str, reason: Reason = Reason.DISCONNECTED, *, retry_within_s: float | None = None
+    ) -> None:
         super().__init__(text)
         self.reason = reason
+        self.retry_within_s = retry_within_s
 
 
 class PointRefused(DriverError):
