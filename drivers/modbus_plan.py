@@ -20,6 +20,7 @@ import msgspec
 MAX_REGISTERS = 125  #: Modbus application protocol 1.1b3, 6.3: quantity of registers 1..0x7D
 MAX_BITS = 2000  #: same, 6.1: quantity of coils 1..0x7D0
 LAST_ADDRESS = 0xFFFF
+_CHANGED = 2.0  #: a line that costs this many times more or less than was planned for is worth a new plan
 
 
 class Table(enum.StrEnum):
@@ -52,6 +53,26 @@ class Cost(msgspec.Struct, frozen=True):
 
     request_s: float  #: one more request: its frames, the silence between them, the device's turnaround
     register_s: float  #: one more register in a request that is made anyway
+
+
+NETWORK = Cost(0.005, 0.000_02)
+"""Before anything was measured: a round trip in a plant's network to a small device, and what a register takes
+there. Holes are bridged up to the longest block."""
+
+
+def serial_cost(character_s: float, silence_s: float, *, ascii_: bool = False) -> Cost:
+    """Before anything was measured, by baud alone. Two frames of RTU carry 8 and 5 bytes beside the data (Modbus over
+    serial line 1.02, 2.5.1), each after its silence; ASCII doubles the bytes and has 3 more a frame (2.5.2.1)."""
+    turnaround_s = 0.01  # of a common meter, until this line's is known
+    byte_s = character_s * (2 if ascii_ else 1)
+    frames_s = (6 + 1 + 3 + 1) * byte_s + 6 * character_s if ascii_ else 13 * byte_s
+    return Cost(frames_s + 2 * silence_s + turnaround_s, 2 * byte_s)
+
+
+def worth_replanning(planned: Cost, measured: Cost) -> bool:
+    """Whether holes weigh so differently now that another plan may be cheaper."""
+    before, now = planned.request_s / planned.register_s, measured.request_s / measured.register_s
+    return not before / _CHANGED < now < before * _CHANGED
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
