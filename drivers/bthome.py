@@ -1,4 +1,4 @@
-"""BTHome v2: the service data of one advertisement into raw values. Pure; the only error it raises is `BTHomeError`.
+"""BTHome v2: the service data of one advertisement into raw values. Pure; the only error it raises is `AdvertError`.
 
 The tables are those of https://bthome.io/format/ (as of 2026-04-30): every object id with its size, sign and factor.
 
@@ -16,51 +16,18 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-import msgspec
-
+from drivers.advert import Advert, AdvertError, Format, Heard, Key, Property, uuid_of
 from drivers.contract import Reason, Value, ValueType
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.ciphers.aead import AESCCM
-
-SERVICE_UUID: Final = "0000fcd2-0000-1000-8000-00805f9b34fb"
-"""The 16-bit UUID 0xFCD2, as BlueZ writes it."""
+SERVICE_UUID: Final = uuid_of(0xFCD2)
 
 _ENCRYPTED = 0x01
 _WITH_ADDRESS = 0x02  # "reserved" today; until 2023 it meant that the six bytes of the address follow
 _TRIGGERED = 0x04
 _VERSION_SHIFT = 5
 _VERSION = 2
-
-
-class BTHomeError(Exception):
-    """These bytes are not a BTHome v2 message that can be read. `reason` goes on the points."""
-
-    def __init__(self, text: str, reason: Reason) -> None:
-        super().__init__(text)
-        self.reason = reason
-
-
-class Property(msgspec.Struct, frozen=True):
-    """What a point can name: the type and step of its raw value, and its unit."""
-
-    name: str
-    type: ValueType
-    scale: float = 1.0
-    unit: str = ""
-
-
-class Advert(msgspec.Struct, frozen=True, gc=False):
-    """One message. `values` holds what it carried by property, the second of a kind as `temperature_2`; `None` is a
-    value that was there but cannot be read."""
-
-    values: dict[str, Value | None]
-    packet_id: int | None = None  #: 0..255; the same again is the same message again
-    counter: int | None = None  #: of an encrypted message; only grows
-    triggered: bool = False  #: the sensor sends when something happens, not at an interval
-    unknown: int | None = None  #: the object id at which reading had to stop
 
 
 class _Form(enum.Enum):
@@ -220,7 +187,7 @@ def _build() -> tuple[tuple[_Object | None, ...], dict[str, Property]]:
         kind = next(
             kind for kind, least, most in _INT_TYPES if least <= ranges[name][0] and ranges[name][1] <= most
         )
-        properties[name] = Property(name, kind, float(finest[name]), unit)
+        properties[name] = Property(name, kind, float(finest[name]), unit, ranges[name])
     for number, name in _FLAGS:
         objects[number] = _Object(name, 1, form=_Form.FLAG)
         properties[name] = Property(name, ValueType.BOOL)
@@ -239,52 +206,36 @@ _OBJECTS, PROPERTIES = _build()
 """What a point's `object` may name, without the `_2` of a second one."""
 
 
-class Key:
-    """Decrypts the messages of one sensor: AES-CCM with a 4-byte tag (https://bthome.io/encryption/)."""
-
-    def __init__(self, key: bytes, address: str) -> None:
-        """`key` has 16 bytes; `address` is the sensor's, as `AA:BB:CC:DD:EE:FF`."""
-        from cryptography.hazmat.primitives.ciphers.aead import AESCCM
-
-        self._cipher: AESCCM = AESCCM(key, tag_length=4)
-        self._address = bytes.fromhex(address.replace(":", ""))
-
-    def decrypt(self, information: int, body: bytes) -> tuple[bytes, int]:
-        """The objects, and the message's counter."""
-        from cryptography.exceptions import InvalidTag
-
-        if len(body) < 8:
-            raise BTHomeError("encrypted message is too short", Reason.FRAMING)
-        counter, tag = body[-8:-4], body[-4:]
-        nonce = self._address + b"\xd2\xfc" + bytes((information,)) + counter
-        try:
-            plain = self._cipher.decrypt(nonce, body[:-8] + tag, None)
-        except InvalidTag:
-            raise BTHomeError("does not decrypt with this key", Reason.DECRYPT) from None
-        return plain, int.from_bytes(counter, "little")
+def _opened(key: Key, information: int, body: bytes) -> tuple[bytes, int]:
+    """The objects of an encrypted message, and its counter (https://bthome.io/encryption/)."""
+    if len(body) < 8:
+        raise AdvertError("encrypted message is too short", Reason.FRAMING)
+    counter = body[-8:-4]
+    nonce = key.address + b"\xd2\xfc" + bytes((information,)) + counter
+    return key.open(nonce, body[:-8] + body[-4:]), int.from_bytes(counter, "little")
 
 
 def decode(data: bytes, key: Key | None = None) -> Advert:
     """The service data of UUID 0xFCD2, without the UUID. With a `key`, only what is encrypted by it is believed."""
     if not data:
-        raise BTHomeError("message is empty", Reason.FRAMING)
+        raise AdvertError("message is empty", Reason.FRAMING)
     information = data[0]
     if information >> _VERSION_SHIFT != _VERSION:
-        raise BTHomeError(f"BTHome version {information >> _VERSION_SHIFT}; only 2 is read", Reason.FRAMING)
+        raise AdvertError(f"BTHome version {information >> _VERSION_SHIFT}; only 2 is read", Reason.FRAMING)
     begin = 1
     if information & _WITH_ADDRESS:
         begin = 7
         if len(data) < begin:
-            raise BTHomeError("message is cut off in its address", Reason.FRAMING)
+            raise AdvertError("message is cut off in its address", Reason.FRAMING)
     triggered = bool(information & _TRIGGERED)
     counter = None
     if information & _ENCRYPTED:
         if key is None:
-            raise BTHomeError("message is encrypted and no key is given", Reason.DECRYPT)
-        data, counter = key.decrypt(information, data[begin:])
+            raise AdvertError("message is encrypted and no key is given", Reason.DECRYPT)
+        data, counter = _opened(key, information, data[begin:])
         begin = 0
     elif key is not None:
-        raise BTHomeError("message is not encrypted although a key is given", Reason.DECRYPT)
+        raise AdvertError("message is not encrypted although a key is given", Reason.DECRYPT)
     values, unknown = _read(data, begin)
     packet_id = values.get("packet_id")
     return Advert(values, packet_id if isinstance(packet_id, int) else None, counter, triggered, unknown)
@@ -305,13 +256,13 @@ def _read(data: bytes, at: int) -> tuple[dict[str, Value | None], int | None]:
         size = found.size
         if not size:
             if at >= end:
-                raise BTHomeError(f"object 0x{number:02X} is cut off", Reason.FRAMING)
+                raise AdvertError(f"object 0x{number:02X} is cut off", Reason.FRAMING)
             # The length of a command counts its arguments, in the low 5 bits; its code comes before them.
             size = (data[at] & 0x1F) + 1 if found.form is _Form.COMMAND else data[at]
             at += 1
         after = at + size
         if after > end:
-            raise BTHomeError(f"object 0x{number:02X} is cut off", Reason.FRAMING)
+            raise AdvertError(f"object 0x{number:02X} is cut off", Reason.FRAMING)
         name = found.name
         nth = ""
         if name in values:
@@ -353,3 +304,18 @@ def _nth(values: Mapping[str, Value | None], name: str) -> str:
     while f"{name}_{nth}" in values:
         nth += 1
     return f"_{nth}"
+
+
+def _of(heard: Heard, key: Key | None) -> Advert | None:
+    data = heard.service_data.get(SERVICE_UUID)
+    return None if data is None else decode(data, key)
+
+
+FORMAT: Final = Format(
+    name="bthome",
+    title="BTHome v2",
+    properties=PROPERTIES,
+    read=_of,
+    services=frozenset({SERVICE_UUID}),
+    encrypts=True,
+)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from drivers.bthome import PROPERTIES, Advert, BTHomeError, Key, decode
+from drivers.advert import Advert, AdvertError, Key
+from drivers.bthome import PROPERTIES, decode
 from drivers.contract import Reason, Value, ValueType, engineering
 
 # https://bthome.io/format/, the column "Example" and the column "Result", row by row.
@@ -199,7 +200,7 @@ def test_a_value_that_cannot_be_read_is_there_but_nothing(text: str, name: str) 
     ],
 )
 def test_what_is_no_message_is_an_error_with_its_reason(text: str, why: str, reason: Reason) -> None:
-    with pytest.raises(BTHomeError, match=why) as refused:
+    with pytest.raises(AdvertError, match=why) as refused:
         decode(bytes.fromhex(text))
     assert refused.value.reason is reason
 
@@ -222,7 +223,7 @@ def test_the_published_encrypted_message_is_read() -> None:
 )
 def test_a_message_changed_in_one_bit_does_not_decrypt(text: str) -> None:
     key = Key(bytes.fromhex("231d39c1d7cc1ab1aee224cd096db932"), "54:48:E6:8F:80:A5")
-    with pytest.raises(BTHomeError) as refused:
+    with pytest.raises(AdvertError) as refused:
         decode(bytes.fromhex(text), key)
     assert refused.value.reason is Reason.DECRYPT
 
@@ -248,7 +249,7 @@ def check_types(advert: Advert) -> None:
 @example(b"\x40")
 @example(b"\x40\x54\x00")
 def test_any_bytes_give_values_of_their_types_or_a_bthome_error(data: bytes) -> None:
-    with contextlib.suppress(BTHomeError):
+    with contextlib.suppress(AdvertError):
         check_types(decode(data))
 
 
@@ -276,5 +277,5 @@ def test_any_well_formed_message_with_any_values_is_read_whole(kinds: list[str],
 @given(st.binary(max_size=64))
 def test_any_bytes_with_a_key_give_a_bthome_error(data: bytes) -> None:
     key = Key(bytes(16), "00:00:00:00:00:00")
-    with pytest.raises(BTHomeError):
+    with pytest.raises(AdvertError):
         decode(data, key)
