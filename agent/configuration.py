@@ -125,6 +125,21 @@ def save_last_good(loaded: Loaded) -> None:
         write_atomically(path, data)
 
 
+def waits_for_restart(text_at_start: str, now: Agent) -> list[str]:
+    """What differs from the file that the agent was started with, and cannot change while it runs. `text_at_start` was
+    good."""
+    before = convert(parse_toml(text_at_start), Agent)
+    return [
+        f"[{table}] changed, and takes effect when the agent is restarted"
+        for table, was, is_ in (
+            ("gateway", before.gateway, now.gateway),
+            ("buffer", before.buffer, now.buffer),
+            ("uplink", before.uplink, now.uplink),
+        )
+        if was != is_
+    ]
+
+
 def _in_folder(config: Agent, state_dir: Path) -> Agent:
     gateway = msgspec.structs.replace(config.gateway, state_dir=str(state_dir))
     return msgspec.structs.replace(config, gateway=gateway)

@@ -7,6 +7,9 @@ Rules:
 3. One agent per state folder; the lock is the kernel's.
 4. APScheduler runs the slow jobs, never the polling.
 5. The supervisor's watchdog is fed by progress (the loop turns, what is pending gets committed), not by being alive.
+6. A reload (SIGHUP, or asked at the control socket) takes the file whole or not at all. Devices that are the same
+   afterwards are not touched: same task, same schedule, same connection. The buffer and the way to the cloud go on in
+   any case: what changed in their tables is told, and waits for a restart.
 """
 
 from __future__ import annotations
@@ -20,23 +23,29 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from agent import metrics as metrics_file
 from agent import status as status_file
 from agent.buffer import Buffer, BufferUnusable, Condition
 from agent.clock import SystemClock
-from agent.configuration import Loaded, save_last_good
-from agent.devices import all_points
+from agent.configuration import Loaded, check, save_last_good, waits_for_restart
+from agent.control import ControlServer, Held
+from agent.devices import Built, all_points
 from agent.drain import DrainEstimate
+from agent.field import FieldError, Reloaded, disabled, unknown_device
 from agent.forwarder import Forwarder, uplink_of
 from agent.health import DeviceHealth, Gauge, State
+from agent.learnt import Learnt
+from agent.loop_watch import LoopWatch, Stall
 from agent.poller import DevicePoller
 from agent.state import StateDirError, StateLock
-from agent.status import STATUS_EVERY_S, AgentStatus, LinkHealth, LinkState, RunState
+from agent.status import STATUS_EVERY_S, AgentStatus, ConfigHealth, LinkHealth, LinkState, RunState
 from drivers.contract import ConfigError, boot_ns
 from sync.identity import GatewayName, IdentityError
 
@@ -47,6 +56,8 @@ LEAVE_WITHIN_S: Final = 4.8  #: of the promised 5: after this the process ends, 
 _POLLERS_LEAVE_S: Final = 2.2  #: a little more than a driver may take to close
 _TASKS_LEAVE_S: Final = 1.0
 _DISK_WATCH_S: Final = 30.0
+_LEARNT_EVERY_S: Final = 60.0  #: what drivers learnt is kept this often
+_STALLS_TOLD: Final = 6  #: stalls of one device in an hour that the log tells
 _CREDENTIAL_AGAIN_S: Final = 15.0
 _STUCK_COMMIT_S: Final = 60.0  #: readings pending for this long without a commit: the watchdog goes hungry
 
@@ -90,6 +101,16 @@ class Leaver:
         os._exit(self.code)
 
 
+class _Device(msgspec.Struct):
+    """One enabled device and its task; `poller` is None where its configuration cannot work."""
+
+    built: Built
+    gauge: Gauge
+    poller: DevicePoller | None = None
+    task: asyncio.Task[None] | None = None
+    stalls_told_s: list[float] = []
+
+
 class Daemon:
     """One run of the agent."""
 
@@ -103,7 +124,16 @@ class Daemon:
         self._name = GatewayName(self._config.gateway.tenant, self._config.gateway.name)
         self._clock = SystemClock()
         self._notify = Notify.from_environment()
-        self._gauges: list[Gauge] = []
+        self._devices: dict[str, _Device] = {}
+        self._buffer: Buffer | None = None
+        self._group: asyncio.TaskGroup | None = None  #: while devices can be started
+        self._learnt = Learnt(folder)
+        self._control = ControlServer(folder, self)
+        self._loop_watch = LoopWatch(self._stood_still)
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[Reloaded]] = set()
+        self._in_force = loaded  #: its text is the file as it was last taken
+        self._stalls_told_s: list[float] = []
         self._forwarder: Forwarder | None = None
         self._drain = DrainEstimate()
         self._progress = (0, time.monotonic())
@@ -131,6 +161,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_leave, number)
+        loop.add_signal_handler(signal.SIGHUP, self._told_to_reload)
         self._tell_config()
         try:
             buffer = await Buffer.open(
@@ -148,6 +179,8 @@ class Daemon:
             log.critical("the agent ends: %s", why, exc_info=first)
         finally:
             self._leaver.start()
+            self._loop_watch.stop()
+            await self._control.close()
             await buffer.close()
             self.status.state, self.status.why = state, why
             self._write(self._told(buffer))
@@ -163,8 +196,8 @@ class Daemon:
 
     async def _run(self, buffer: Buffer) -> None:
         """Until asked to leave; an `ExceptionGroup` where a part ended by itself."""
-        pollers = self._pollers(buffer)
         scheduler = self._slow_jobs(buffer)
+        self._buffer = buffer
         async with asyncio.TaskGroup() as group:
             core = [group.create_task(_for_ever("buffer", buffer.run()), name="buffer")]
             core.append(group.create_task(_for_ever("forwarder", self._deliver(buffer)), name="forwarder"))
@@ -172,7 +205,10 @@ class Daemon:
             core.append(
                 group.create_task(_for_ever("watchdog", self._feed_watchdog(buffer)), name="watchdog")
             )
-            devices = [group.create_task(p.run(), name=f"poll[{p.plan.name}]") for p in pollers]
+            self._group = group
+            for made in self._loaded.devices:
+                self._start_device(made, self._before.get(made.plan.name))
+            self._loop_watch.start()
             scheduler.start()
             self.status.state = RunState.RUNNING
             buffer.record_event("start", f"headgate {self.status.version} started")
@@ -180,15 +216,20 @@ class Daemon:
                 buffer.record_event("config-bad", "; ".join(self.status.config.errors))
             await asyncio.to_thread(self._save_config)
             await asyncio.to_thread(self._write, self._told(buffer))
+            await self._open_control()
+            await asyncio.to_thread(self._learnt.forget_strangers, [d.name for d in self._config.device])
             self._notify.send("READY=1")
-            log.info("running: %d devices, %d points", len(pollers), all_points(self._loaded.devices))
+            log.info("running: %d devices, %d points", len(self._devices), all_points(self._loaded.devices))
             try:
                 await self._stop.wait()
             finally:
                 self._notify.send("STOPPING=1")
+                self._group = None  # whatever reload is under way starts nothing more
                 scheduler.shutdown(wait=False)
-            await _cancel(devices, _POLLERS_LEAVE_S)
+            await self._control.close()
+            await _cancel(self._device_tasks(), _POLLERS_LEAVE_S)
             await buffer.commit()
+            await self._keep_learnt()
             await _cancel(core, _TASKS_LEAVE_S)
 
     def _told_to_leave(self, number: int) -> None:
@@ -203,26 +244,170 @@ class Daemon:
 
     # --- parts ---
 
-    def _pollers(self, buffer: Buffer) -> list[DevicePoller]:
-        pollers = []
-        for made in self._loaded.devices:
-            plan = made.plan
-            health = DeviceHealth(
-                name=plan.name,
-                driver=plan.driver,
-                points=len(plan.points),
-                period_ms=round(plan.period_s * 1000),
+    def _start_device(self, made: Built, before: DeviceHealth | None) -> None:
+        plan, group, buffer = made.plan, self._group, self._buffer
+        if group is None or buffer is None:
+            return  # leaving
+        health = DeviceHealth(
+            name=plan.name,
+            driver=plan.driver,
+            points=len(plan.points),
+            period_ms=round(plan.period_s * 1000),
+        )
+        if before is not None:
+            health.restore(before)
+        device = self._devices[plan.name] = _Device(made, Gauge(health, time.time_ns))
+        memory = self._learnt.load(plan.name, plan.driver)
+        try:
+            device.poller = DevicePoller(plan, made.driver, buffer, device.gauge, self._rng, memory)
+        except ConfigError as err:
+            device.gauge.enter(State.MISCONFIGURED, str(err))
+            log.error("%s: not started: %s", plan.name, err)
+            return
+        device.task = group.create_task(device.poller.run(), name=f"poll[{plan.name}]")
+
+    async def _stop_devices(self, names: Sequence[str]) -> None:
+        """Their health stays known, for whoever takes their names."""
+        stopped = [self._devices[name] for name in names]
+        await _cancel([device.task for device in stopped if device.task is not None], _POLLERS_LEAVE_S)
+        await self._keep_learnt()
+        for device in stopped:
+            name = device.built.plan.name
+            self._before[name] = device.gauge.told(boot_ns())
+            del self._devices[name]
+
+    def _device_tasks(self) -> list[asyncio.Task[None]]:
+        return [device.task for device in self._devices.values() if device.task is not None]
+
+    async def _keep_learnt(self) -> None:
+        news = [
+            (device.built.plan.name, device.built.plan.driver, learnt)
+            for device in self._devices.values()
+            if device.poller is not None and (learnt := device.poller.learnt()) is not None
+        ]
+        for name, driver, learnt in news:
+            await asyncio.to_thread(self._learnt.save, name, driver, learnt)
+
+    # --- for technicians (`agent.control.Host`) ---
+
+    async def _open_control(self) -> None:
+        try:
+            await self._control.open()
+        except OSError as err:
+            log.warning(
+                "no control socket in %s (%s): commands cannot reach the running agent", self._folder, err
             )
-            if plan.name in self._before:
-                health.restore(self._before[plan.name])
-            gauge = Gauge(health, time.time_ns)
-            self._gauges.append(gauge)
-            try:
-                pollers.append(DevicePoller(plan, made.driver, buffer, gauge, self._rng))
-            except ConfigError as err:
-                gauge.enter(State.MISCONFIGURED, str(err))
-                log.error("%s: not started: %s", plan.name, err)
-        return pollers
+
+    def poller_of(self, device: str) -> DevicePoller:
+        found = self._devices.get(device)
+        if found is not None and found.poller is not None:
+            return found.poller
+        if found is not None:
+            raise FieldError(f"{device}: its configuration cannot work: {found.gauge.health.why}")
+        if any(each.name == device for each in self._in_force.config.device):
+            raise disabled(device)
+        where = "the running agent's configuration (after a change of the file: systemctl reload headgate)"
+        raise unknown_device(device, self._devices, where)
+
+    def held_lines(self) -> list[Held]:
+        return [
+            Held(name, device.built.claim, device.built.isolated)
+            for name, device in self._devices.items()
+            if device.built.claim is not None and device.task is not None and not device.task.done()
+        ]
+
+    def status_document(self) -> bytes:
+        return status_file.encode(self.status if self._buffer is None else self._told(self._buffer))
+
+    async def reload(self) -> Reloaded:
+        """Take the file anew. Who asked may go away meanwhile: what was begun is ended."""
+        task = asyncio.create_task(self._reload(), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        return await asyncio.shield(task)
+
+    async def _reload(self) -> Reloaded:
+        async with self._reloading:
+            buffer = self._buffer
+            if buffer is None or self._group is None:
+                raise FieldError("the agent is starting or leaving; try again")
+            file = Path(self.status.config.file)
+            checked = await asyncio.to_thread(check, file)
+            errors = [str(error) for error in checked.errors]
+            if checked.config is None or errors:
+                self.status.config = msgspec.structs.replace(
+                    self.status.config, last_known_good=True, errors=errors
+                )
+                log.error("the configuration is bad, nothing was changed: %s", "; ".join(errors))
+                buffer.record_event("config-bad", "; ".join(errors))
+                return Reloaded(errors=errors, unchanged=len(self._devices))
+            wanted = {made.plan.name: made for made in checked.devices}
+            known = dict(self._devices)
+            same = {
+                name
+                for name, device in known.items()
+                if name in wanted and device.built.is_as(wanted[name]) and _runs(device)
+            }
+            changed = [name for name in wanted if name in known and name not in same]
+            stopped = [name for name in known if name not in wanted]
+            started = [name for name in wanted if name not in known]
+            # First all that end: their lines may be wanted by others.
+            await self._stop_devices([*stopped, *changed])
+            for name in (*changed, *started):
+                self._start_device(wanted[name], self._before.get(name))
+            notes = waits_for_restart(self._loaded.text, checked.config)
+            self._in_force = msgspec.structs.replace(
+                self._loaded, config=msgspec.structs.replace(self._config, device=checked.config.device),
+                text=checked.text, devices=checked.devices, health=ConfigHealth(file=str(file)),
+            )  # fmt: skip
+            self.status.config = ConfigHealth(file=str(file), notes=notes, reloaded_ns=time.time_ns())
+            await asyncio.to_thread(self._save_config)
+            told = f"{len(started)} started, {len(stopped)} stopped, {len(changed)} changed, {len(same)} untouched"
+            log.info("configuration reloaded: %s%s", told, "".join(f"; {note}" for note in notes))
+            buffer.record_event("config-reloaded", told)
+            await asyncio.to_thread(self._write, self._told(buffer))
+            return Reloaded(started, stopped, changed, len(same), [], notes)
+
+    def _told_to_reload(self) -> None:
+        log.info("SIGHUP: reloading the configuration")
+        task = asyncio.create_task(self._reload(), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloaded)
+
+    def _reloaded(self, task: asyncio.Task[Reloaded]) -> None:
+        self._reloads.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the configuration was not reloaded: %s", task.exception())
+
+    # --- who holds up the loop ---
+
+    def _stood_still(self, stall: Stall) -> None:
+        device = self._devices.get(stall.device)
+        lasted = f"{stall.lasted_s:.1f} s"
+        if device is not None:
+            device.gauge.held_up(stall.lasted_s, stall.where)
+            told_s = device.stalls_told_s
+            text = (
+                f"device {stall.device} (driver {device.built.plan.driver}) blocked the agent for {lasted} at "
+                f"{stall.where}; give it a process of its own: isolate = true"
+            )
+        else:
+            status = self.status
+            status.stalls += 1
+            status.stalled_s = round(status.stalled_s + stall.lasted_s, 3)
+            status.stalled_at, status.stalled_ns = stall.where, time.time_ns()
+            told_s = self._stalls_told_s
+            text = f"the agent stood still for {lasted} at {stall.where}"
+            text += f" (task {stall.task})" if stall.task else ""
+        now_s = time.monotonic()
+        told_s[:] = [at_s for at_s in told_s if now_s - at_s < 3600]
+        if len(told_s) < _STALLS_TOLD:
+            told_s.append(now_s)
+            if len(told_s) == _STALLS_TOLD:
+                text += "; not told again within the hour, see headgate status"
+            log.warning("%s", text)
+        else:
+            log.debug("%s", text)
 
     async def _deliver(self, buffer: Buffer) -> None:
         """Send what is kept, for ever. A credential that cannot be read is waited for: reading devices goes on."""
@@ -264,6 +449,7 @@ class Daemon:
             await asyncio.to_thread(self._write, self._told(buffer))
 
         scheduler.add_job(write_status, "interval", seconds=STATUS_EVERY_S, id="status")
+        scheduler.add_job(self._keep_learnt, "interval", seconds=_LEARNT_EVERY_S, id="learnt")
         scheduler.add_job(self._watch_disk, "interval", seconds=_DISK_WATCH_S, id="disk")
         return scheduler
 
@@ -278,10 +464,10 @@ class Daemon:
             )  # fmt: skip
 
     def _save_config(self) -> None:
-        if self._loaded.health.last_known_good:
+        if self._in_force.health.last_known_good:
             return
         try:
-            save_last_good(self._loaded)
+            save_last_good(self._in_force)
         except OSError as err:
             log.warning("the last-known-good configuration cannot be kept: %s", err)
 
@@ -296,7 +482,7 @@ class Daemon:
         )  # fmt: skip
         if self._forwarder is not None:
             status.link = self._forwarder.tell()
-        status.devices = [gauge.told(now_boot_ns) for gauge in self._gauges]
+        status.devices = [device.gauge.told(now_boot_ns) for device in self._devices.values()]
         status.rss_bytes = rss_bytes()
         status.cpu_s = round(time.process_time(), 3)
         return status
@@ -373,6 +559,11 @@ class Notify:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker:
             speaker.setblocking(False)
             speaker.sendto(text.encode(), address)
+
+
+def _runs(device: _Device) -> bool:
+    """One that stopped for good over its configuration is given another chance by a reload."""
+    return device.task is not None and not device.task.done()
 
 
 def rss_bytes() -> int:

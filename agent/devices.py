@@ -7,7 +7,7 @@ through here, so what the check accepts is what runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -16,7 +16,7 @@ from agent.validation import Rules
 from config.agent import Agent, Device
 from config.load import ConfigFileError, line_of
 from drivers import profiles, registry
-from drivers.contract import ConfigError
+from drivers.contract import ConfigError, LineClaim
 from drivers.registry import AnyDriver, TableError
 from sync.wire import MAX_POINTS
 
@@ -26,6 +26,19 @@ class Built(msgspec.Struct, frozen=True):
 
     plan: Plan
     driver: AnyDriver
+    claim: LineClaim | None = None  #: the line it needs
+    isolated: bool = False  #: its driver runs in a process of its own
+
+    def is_as(self, other: Built) -> bool:
+        """Whether the other is this very device, so that it need not be touched when the configuration is reloaded."""
+        mine, theirs = (msgspec.structs.replace(b.plan, build=_no_driver) for b in (self, other))
+        return (
+            mine == theirs and self.isolated == other.isolated and self.driver.options == other.driver.options
+        )
+
+
+def _no_driver() -> AnyDriver:
+    raise NotImplementedError
 
 
 def build_devices(
@@ -33,6 +46,7 @@ def build_devices(
 ) -> tuple[list[Built], list[ConfigFileError]]:
     """Every enabled device, and every error found (a disabled device is checked too, and not built)."""
     built: list[Built] = []
+    places: dict[str, str] = {}
     errors: list[ConfigFileError] = []
     for index, device in enumerate(config.device):
         at = f"device[{index}]"
@@ -44,7 +58,49 @@ def build_devices(
             continue
         if device.enabled:
             built.append(made)
+            places[device.name] = at
+    for name, wrong in line_clashes(built):
+        path = f"{places[name]}.options"
+        errors.append(ConfigFileError(wrong, file=file, line=line_of(text, path), path=path))
     return built, errors
+
+
+def line_clashes(built: Sequence[Built]) -> list[tuple[str, str]]:
+    """Devices that cannot share a line with one named before them: their names, and what to do about it. Pure."""
+    found: list[tuple[str, str]] = []
+    holders: dict[str, Built] = {}
+    for made in built:
+        if made.claim is None:
+            continue
+        first = holders.setdefault(made.claim.key, made)
+        if first is made or first.claim is None:
+            continue
+        wrong = _clash(made, made.claim, first, first.claim)
+        if wrong is not None:
+            found.append((made.plan.name, wrong))
+    return found
+
+
+def _clash(made: Built, claim: LineClaim, first: Built, held: LineClaim) -> str | None:
+    name, other = made.plan.name, first.plan.name
+    if claim.settings != held.settings:
+        return (
+            f"{name!r} wants {claim.settings} on {claim.key}, but {other!r} has {held.settings} there; "
+            "all devices of one line need the same settings"
+        )
+    if not (claim.shared and held.shared):
+        alone = name if not claim.shared else other
+        return (
+            f"{name!r} and {other!r} both use {claim.key}, and {alone!r} needs it for itself; give one of them "
+            "another port, or set enabled = false"
+        )
+    if made.isolated or first.isolated:
+        alone = name if made.isolated else other
+        return (
+            f"{name!r} and {other!r} share {claim.key}, and {alone!r} has isolate = true; a line has one owner, so "
+            "devices that share one run in one process: remove isolate"
+        )
+    return None
 
 
 def build_device(device: Device) -> Built:
@@ -58,15 +114,25 @@ def build_device(device: Device) -> Built:
             f"{where}: {len(points)} points; at most {MAX_POINTS} fit one device, so make it two",
             "point",
         )
-    build = functools.partial(registry.build, device.name, driver_name, options, points)
+    build: Callable[[], AnyDriver] = functools.partial(
+        registry.build, device.name, driver_name, options, points
+    )
     try:
         driver = build()
     except TableError as err:
         raise _blamed(device, points, err) from err
     try:
         Rules(driver.points)
+        claim = driver.line()
     except ConfigError as err:
         raise ConfigError(f"{where}: {err}") from err
+    except Exception as err:
+        raise ConfigError(f"{where}: {driver_name}.line() failed: {type(err).__name__}: {err}") from err
+    if device.isolate:
+        from agent.isolation import isolated
+
+        build = functools.partial(isolated, driver, driver_name, options, points)
+        driver = build()
     period_s = device.period_ms / 1000
     phase_s = phase_of(device.name, period_s) if device.phase_ms is None else device.phase_ms / 1000
     if device.timeout_ms is not None:
@@ -84,7 +150,7 @@ def build_device(device: Device) -> Built:
         deadline_s=deadline_s,
         build=build,
     )
-    return Built(plan, driver)
+    return Built(plan, driver, claim, device.isolate)
 
 
 def _described(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
@@ -34,7 +34,9 @@ from drivers.contract import (
     boot_ns,
     engineering,
 )
-from drivers.modbus_line import Address, Replies, Request
+
+if TYPE_CHECKING:  # pymodbus stays out of an agent that nobody asks and that has no Modbus device
+    from drivers.modbus_line import Address, Replies, Request
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -205,6 +207,10 @@ def _unscaled(point: Point, value: float) -> int | float:
 def unknown_device(name: str, known: Iterable[str], where: str) -> UnknownDevice:
     """`where`: "agent.toml", or what else was looked in."""
     return UnknownDevice(f"no device {name!r} in {where}{nearest(name, known)}")
+
+
+def disabled(name: str) -> FieldError:
+    return FieldError(f"device {name!r} is disabled; set enabled = true in its table to use it")
 
 
 def point_of(device: str, points: Iterable[Point], name: str) -> Point:

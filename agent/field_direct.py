@@ -24,6 +24,7 @@ from agent.field import (
     LineTaken,
     Look,
     Reloaded,
+    disabled,
     point_of,
     raw_of,
     shown,
@@ -70,7 +71,7 @@ class Lines:
             line = self._line(key, address)
             try:
                 await line.open(connect_timeout_s)
-                return await line.exchange(series)
+                return await line.exchange(series, force=True)  # a person asks, whatever was seen before
             except (DriverError, asyncio.CancelledError):
                 self._release(key)
                 raise
@@ -266,12 +267,8 @@ class DirectField:
         if found is None:
             raise unknown_device(name, [device.name for device in config.device], str(self._file))
         if not found.enabled:
-            raise FieldError(disabled(name))
+            raise disabled(name)
         return found
-
-
-def disabled(name: str) -> str:
-    return f"device {name!r} is disabled; set enabled = true in its table to use it"
 
 
 # --- what the agent's side of the socket does in the same way ---

@@ -64,6 +64,10 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
     missed: int = 0  #: polls not tried while the device was down
     failures: int = 0  #: reads and connects that failed as a whole
     restarts: int = 0  #: of the driver, after a fault of its own
+    blocked: int = 0  #: times that its driver held up the whole agent
+    blocked_s: float = 0.0  #: for how long in all
+    blocked_at: str = ""  #: where it did so last: "file.py:12 in name"
+    blocked_ns: int | None = None  #: wall clock of the last time
     p50_ms: float | None = None  #: how long a read takes, of the last few hundred
     p99_ms: float | None = None
 
@@ -72,11 +76,13 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
         for key in _COUNTERS:
             setattr(self, key, getattr(before, key))
         self.last_good_ns = before.last_good_ns
+        self.blocked_at, self.blocked_ns = before.blocked_at, before.blocked_ns
         self.reasons = dict(before.reasons)
 
 
 _COUNTERS: Final = (
     "scans", "readings", "bad_readings", "uncertain_readings", "overruns", "missed", "failures", "restarts",
+    "blocked", "blocked_s",
 )  # fmt: skip
 
 
@@ -138,6 +144,14 @@ class Gauge:
         health.why = why.encode("utf-8", "replace").decode()  # a lone surrogate would end every heartbeat
         health.remedy = "" if reason is None else remedy(reason)
         return changed
+
+    def held_up(self, lasted_s: float, where: str) -> None:
+        """The driver blocked the agent's event loop."""
+        health = self.health
+        health.blocked += 1
+        health.blocked_s = round(health.blocked_s + lasted_s, 3)
+        health.blocked_at = where.encode("utf-8", "replace").decode()
+        health.blocked_ns = self._wall_ns()
 
     def told(self, now_boot_ns: int) -> DeviceHealth:
         """The health with its times and percentiles filled in."""

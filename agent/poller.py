@@ -223,6 +223,7 @@ class DevicePoller:
         self._unshared = 0
         self._dropped_before = 0  #: by the driver's own queue
         self._memory = memory
+        self._unsaved: bytes | None = None  #: of what the driver learnt
         self._asked: deque[_Asked] = deque()
         self._waker: asyncio.Future[None] | None = None  #: while the task waits for its next slot
         self._watches: list[Watch] = []
@@ -268,18 +269,22 @@ class DevicePoller:
         if watch in self._watches:
             self._watches.remove(watch)
 
-    def remembered(self) -> bytes | None:
-        """What the driver has learnt since this was last asked, if anything."""
+    def learnt(self) -> bytes | None:
+        """What the driver has learnt since this was last asked, if anything; also after `run` has ended."""
+        self._learn()
+        learnt, self._unsaved = self._unsaved, None
+        return learnt
+
+    def _learn(self) -> None:
         try:
             learnt = self._driver.remembered()
         except Exception as err:  # noqa: BLE001 - a driver's fault is told, and stays with its device
             log.warning(
                 "%s: its driver cannot say what it learnt: %s: %s", self.plan.name, type(err).__name__, err
             )
-            return None
+            return
         if learnt is not None:
-            self._memory = learnt
-        return learnt
+            self._memory = self._unsaved = learnt
 
     def _ask(self, asked: _Asked) -> _Asked:
         if self._over is not None:
@@ -329,6 +334,7 @@ class DevicePoller:
                     broken = True
                 if broken:
                     self._refuse_asked(DeviceUnreachable(self.gauge.health.why, Reason.DRIVER))
+                    self._learn()
                     await self._close()
                 await self._pause(asyncio.get_running_loop().time() + wait_s, None)
         finally:
@@ -336,6 +342,7 @@ class DevicePoller:
             self._refuse_asked(self._over)
             for watch in self._watches:
                 watch.end()
+            self._learn()
             await self._close()
             if self.gauge.health.state is not State.MISCONFIGURED:
                 self.gauge.enter(State.STOPPED)

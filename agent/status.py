@@ -19,6 +19,7 @@ from agent.state import write_atomically
 
 STATUS_NAME: Final = "status.json"
 STATUS_EVERY_S: Final = 5.0  #: how often a running agent writes it
+_BLOCKED_TOLD_S: Final = 3600  #: for how long a driver that held up the others is a problem
 _SILENT_AFTER: Final = 6  #: times that long without a new one: the agent hangs
 _MB: Final = 1024 * 1024
 
@@ -62,6 +63,8 @@ class ConfigHealth(msgspec.Struct, kw_only=True):
     file: str = ""
     last_known_good: bool = False  #: the file is bad, and the last good one is in force
     errors: list[str] = []
+    notes: list[str] = []  #: what changed in the file since the start, and takes a restart
+    reloaded_ns: int | None = None  #: wall clock of the last reload that was taken
 
 
 class AgentStatus(msgspec.Struct, kw_only=True):
@@ -85,6 +88,10 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     rss_bytes: int = 0
     cpu_s: float = 0.0
     disk_free_bytes: int = 0
+    stalls: int = 0  #: times that the event loop stood still through no driver's fault
+    stalled_s: float = 0.0
+    stalled_at: str = ""  #: where, the last time
+    stalled_ns: int | None = None  #: wall clock of the last time
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -145,6 +152,8 @@ def problems(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[
         found += _link(status.link, now_ns)
         for device in status.devices:
             found += _device(device, now_ns)
+            found += _blocking(device, now_ns)
+        found += _stalls(status, now_ns)
     return found
 
 
@@ -190,10 +199,13 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
 
 def _config(config: ConfigHealth) -> Sequence[Problem]:
     if not config.last_known_good:
-        return []
+        return [
+            Problem(f"the configuration {config.file}: {note}", "systemctl restart headgate")
+            for note in config.notes
+        ]
     first = config.errors[0] if config.errors else "unknown"
     return [Problem(f"the configuration {config.file} is bad, and the last good one is in force ({first})",
-                    f"correct it (headgate config check {config.file}), then restart the agent")]  # fmt: skip
+                    f"correct it (headgate config check {config.file}), then systemctl reload headgate")]  # fmt: skip
 
 
 def _buffer(buffer: BufferState) -> Sequence[Problem]:
@@ -241,6 +253,32 @@ def _device(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
             return [Problem(f"{device.name}: not read once in {for_long}", "see the agent's log")]
         case _:
             return []
+
+
+def _blocking(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
+    if device.blocked_ns is None or now_ns - device.blocked_ns > _BLOCKED_TOLD_S * 10**9:
+        return []
+    return [
+        Problem(
+            f"{device.name}: driver {device.driver!r} held up all devices {device.blocked} "
+            f"time{'s' * (device.blocked != 1)}, {duration_in_words(device.blocked_s)} in all, the last "
+            f"{_ago(device.blocked_ns, now_ns)} ago at {device.blocked_at}",
+            "give it a process of its own (isolate = true), and tell its author that it blocks the event loop",
+        )
+    ]
+
+
+def _stalls(status: AgentStatus, now_ns: int) -> Sequence[Problem]:
+    if status.stalled_ns is None or now_ns - status.stalled_ns > _BLOCKED_TOLD_S * 10**9:
+        return []
+    return [
+        Problem(
+            f"the agent stood still {status.stalls} time{'s' * (status.stalls != 1)}, "
+            f"{duration_in_words(status.stalled_s)} in all, the last {_ago(status.stalled_ns, now_ns)} ago at "
+            f"{status.stalled_at}",
+            "see what else the machine does: headgate doctor",
+        )
+    ]
 
 
 def lines(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[str]:
