@@ -6,6 +6,7 @@ Two addresses of one `key` are one physical line; all who use it must agree on i
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -16,6 +17,8 @@ from drivers.port_key import port_key
 _FAST_BAUD = 19200
 _FAST_SILENCE_S = 0.00175  #: above 19,200 baud (Modbus over serial line 1.02, 2.5.1.1)
 _SILENCE_CHARACTERS = 3.5  #: up to there
+_NETWORK_TIMEOUT_S = 1.0
+TURNAROUND_S = 0.3  #: what a serial device may take to begin its answer; most need under 0.1
 
 
 class SerialPort(msgspec.Struct, frozen=True, tag="serial"):
@@ -39,6 +42,12 @@ class SerialPort(msgspec.Struct, frozen=True, tag="serial"):
         if self.framing == "ascii":
             return 0.0
         return _FAST_SILENCE_S if self.baud > _FAST_BAUD else _SILENCE_CHARACTERS * self.character_s
+
+    def frame_s(self, pdu_size: int) -> float:
+        """What a frame with such a PDU takes: with unit and CRC, or in ASCII two characters a byte with unit and LRC,
+        a colon, carriage return and line feed (Modbus over serial line 1.02, 2.5.1 and 2.5.2)."""
+        characters = 2 * (1 + pdu_size + 1) + 3 if self.framing == "ascii" else 1 + pdu_size + 2
+        return characters * self.character_s
 
     @property
     def key(self) -> str:
@@ -84,3 +93,14 @@ class HostPort(msgspec.Struct, frozen=True, tag="host"):
 
 
 Address: TypeAlias = SerialPort | HostPort
+
+
+def reply_timeout_s(
+    address: Address, sent_size: int, reply_size: int, turnaround_s: float = TURNAROUND_S
+) -> float:
+    """How long a reply may take, in whole milliseconds: on a serial port both frames (sizes are of their PDUs), each
+    after its silence, and the device's turnaround; the way to a host cannot be computed."""
+    if isinstance(address, HostPort):
+        return _NETWORK_TIMEOUT_S
+    on_the_line_s = address.frame_s(sent_size) + address.frame_s(reply_size) + 2 * address.silence_s
+    return math.ceil((on_the_line_s + turnaround_s) * 1000) / 1000

@@ -1,449 +1,491 @@
-"""One owner per physical Modbus line: a serial port, a serial gateway behind TCP, or a TCP device.
+"""One owner per physical Modbus line: a serial port, a serial gateway behind TCP, a TCP or a UDP device.
 
 Rules:
 
-1. A line is shared by all devices that name it (two names of one serial port are one line) and carries one request
-   at a time, first come first served. It opens with its first user and closes with its last.
-2. A reply counts only if it is the one asked for: transaction id (TCP), unit, function, length and check (RTU).
-   Anything else is skipped and, if nothing better comes, told as the reason.
-3. RTU replies carry no transaction id, so a late one looks like the answer to the next request. After a request that
-   went unanswered the line stays silent until the latest moment that a reply may still come, and what came is thrown
-   away. (Measured: without this, 20 of 20 late replies were taken for another register's value.)
-4. A series of requests is sent without going back to the caller in between; it ends at the first that gets no
-   answer, so that a silent unit holds up the others on its line for one timeout only.
+1. A line is shared by all who name it (all names of one serial port are one line) and carries one request at a time:
+   polls, writes and a technician's probes alike. It opens with its first user and closes with its last.
+2. Turns go round. Whoever asks is served in the order of asking; a series lets the others in between its requests, so
+   nobody waits longer than one request of each other user. A series ends at its first request without an answer.
+3. RTU and ASCII replies carry no transaction id, so a late one looks like the answer to the next request. After a
+   request that went unanswered the line stays silent until the latest moment that a reply may still come. That moment
+   counts from after the request was written; what came until then is thrown away in the same turn of the event loop
+   as the next request is written, so that it is gone even if this process was held up meanwhile. (Measured: without
+   this, 20 of 20 late replies were taken for another register's value.)
+4. A unit that does not answer is left alone for a growing while (`drivers.modbus_breaker`): asking it fails at once and
+   takes none of the line's time. Its probe is one request, waiting no longer than the unit needs to begin a reply. The
+   others need not be silent for it afterwards: a late reply carries its own unit's number; the unit itself is not asked
+   again before that reply cannot come any more.
+5. A technician's request (`force`) is sent to a unit that is left alone, too.
 
-pymodbus makes the requests (its PDU classes and framers), computes the CRC and drives the serial port. Its client is
-not used to receive: it reports a failed check, a foreign frame and silence alike as a timeout, and decodes one
-register at a time.
+`open_serial` is the seam for a model of a line: put `(SerialPort, protocol factory) -> SerialTransport` in its place.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import struct
-import termios
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Final, TypeAlias, cast
-
-import msgspec
-from pymodbus.framer import FramerRTU
-from pymodbus.transport.serialtransport import create_serial_connection
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
 
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, boot_ns
-from drivers.modbus_address import Address, HostPort, SerialPort
+from drivers.modbus_address import Address, HostPort, SerialPort, reply_timeout_s
+from drivers.modbus_breaker import Breaker, Verdict
+from drivers.modbus_cost import CostMeter
+from drivers.modbus_plan import Cost
+from drivers.modbus_port import OpenSerial, SerialTransport, open_tty
+from drivers.modbus_wire import (
+    AsciiWire,
+    DatagramWire,
+    Failure,
+    MbapWire,
+    Replies,
+    Reply,
+    Request,
+    RtuWire,
+    Wire,
+)
 
-__all__ = ["Address", "Failure", "HostPort", "Line", "Replies", "Reply", "Request", "SerialPort", "line_of"]
+__all__ = [
+    "Address",
+    "Cost",
+    "Failure",
+    "HostPort",
+    "Line",
+    "OpenSerial",
+    "Replies",
+    "Reply",
+    "Request",
+    "SerialPort",
+    "SerialTransport",
+    "line_of",
+    "open_serial",
+    "reply_timeout_s",
+]
 
-_MBAP: Final = struct.Struct(">HHHB")  #: transaction, protocol (0), bytes that follow, unit
-_MBAP_SIZE: Final = 7
-_LENGTH_AT: Final = 6  #: the length counts what follows it: unit and PDU
-_MAX_ADU: Final = 260  #: Modbus messaging on TCP/IP 1.0b, 4.1
-_BUFFER_SIZE: Final = 4 * _MAX_ADU
 _BABBLE_S: Final = 2.0  #: a line that never falls silent is used again after this; the checks must do
+_PATIENCE: Final = 4.0  #: a probe waits this many times the slowest turnaround seen of its unit,
+_LEAST_PATIENCE_S: Final = 0.05  #: but no less than this,
+_UNKNOWN_PATIENCE_S: Final = 0.1  #: and this long for one that never answered: most need under 0.05
+_NETWORK_PATIENCE_S: Final = 0.3  #: the same behind a host, whose own way there is part of it
+_FORGET: Final = 0.95  #: per answer, of the slowest turnaround
+_ADAPTER_S: Final = 0.02  #: a USB adapter may hand a byte on this much later (FTDI's latency timer: 16 ms)
+_SETTLE_S: Final = 0.005  #: what has arrived is readable by then: a tty's bytes come through a work queue
+_SAMPLED: Final = 16  #: with transactions, one of so many requests is measured
+_SILENT: Final = (Reason.TIMEOUT, Reason.DISCONNECTED)
+
+open_serial: OpenSerial = open_tty
 
 
-class Request(msgspec.Struct, frozen=True, gc=False):
-    """A request's PDU and the reply it may have."""
+class _Job:
+    """A series on its way, or (an empty one) a turn for whoever opens the line."""
 
-    unit: int
-    pdu: bytes
-    reply_head: bytes  #: what the reply's PDU begins with
-    reply_size: int  #: bytes of the reply's PDU
-    timeout_s: float
-    latest_s: float  #: on RTU: no reply comes later than this after the request
+    __slots__ = ("babble_until_s", "done", "force", "replies", "series", "taken_at_ns")
 
+    def __init__(self, series: Sequence[Request], force: bool, done: asyncio.Future[Replies]) -> None:
+        self.series = series
+        self.force = force
+        self.done = done
+        self.replies: list[Reply] = []
+        self.taken_at_ns = 0
+        self.babble_until_s = 0.0
 
-class Failure(msgspec.Struct, frozen=True, gc=False):
-    """Why there is no reply. `code` is the exception code where the device sent one."""
+    def finish(self) -> None:
+        if not self.done.done():
+            self.done.set_result(Replies(self.replies, self.taken_at_ns))
 
-    reason: Reason
-    code: int = 0
-
-
-Reply: TypeAlias = bytes | Failure
-"""What follows the reply's head, or why there is none."""
-
-
-class Replies(msgspec.Struct, frozen=True, gc=False):
-    """The replies to the first requests of a series, in order: to all, or up to the one that got no answer."""
-
-    replies: list[Reply]
-    taken_at_ns: int  #: when the last answer arrived; 0 where there was none
+    def fail(self, err: DeviceUnreachable) -> None:
+        """It gets no more answers: what it has is kept."""
+        if self.replies:
+            self.replies.append(Failure(err.reason))
+            self.finish()
+        elif not self.done.done():
+            self.done.set_exception(err)
 
 
-class _Wire(ABC):
-    """One open connection, and the series of requests under way on it."""
+class _Owner:
+    """Who holds the line: its connection, whose turn it is, who waits, and which units are left alone."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, silence_s: float) -> None:
-        self._loop = loop
-        self._silence_s = silence_s
-        self._transport: asyncio.Transport | None = None
-        self._series: Sequence[Request] = ()
-        self._request: Request | None = None
-        self._replies: list[Reply] = []
-        self._done: asyncio.Future[Replies] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._taken_at_ns = 0
-        self._deadline_s = 0.0
-        self._sent_s = 0.0
-        self.lost_because: str | None = None
-        self.unanswered = 0  #: requests since the last proper answer
-        self.answer_due_s = 0.0  #: loop time until which a reply may still come to a request nobody waits for
-        self.heard_s = 0.0  #: loop time of the last byte
-
-    # ------------------------------------------------------------------------------- for the line
-
-    @property
-    def made(self) -> bool:
-        return self._transport is not None
-
-    def ask(self, series: Sequence[Request]) -> asyncio.Future[Replies]:
-        """Send the series. The caller holds the line's lock and calls `forget` if it stops waiting."""
-        self._done = done = self._loop.create_future()
-        self._series = series
-        self._replies = []
-        self._taken_at_ns = 0
-        self._send(series[0])
-        return done
-
-    def forget(self) -> None:
-        """Nobody waits for the series any more."""
-        if self._done is not None:
-            self._owe_silence()
-            self._done = self._request = None
-
-    def close(self) -> None:
-        self.lost_because = self.lost_because or "closed"
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._transport is not None:
-            self._transport.abort()
-            self._transport = None
-        self._end(Failure(Reason.DISCONNECTED))
-
-    # ------------------------------------------------------------------------------- asyncio calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost_because = self.lost_because or (str(exc) if exc else "the other side closed it")
-        self._transport = None
-        self.close()
-
-    # ------------------------------------------------------------------------------- one request
-
-    @abstractmethod
-    def _write(self, transport: asyncio.Transport, request: Request) -> None:
-        """Frame and write it; make ready for its reply."""
-
-    @abstractmethod
-    def _doubt(self) -> Reason:
-        """What a request that ran out of time met: silence, or something that was no answer."""
-
-    def _send(self, request: Request) -> None:
-        self._request = request
-        self._sent_s = now_s = self._loop.time()
-        self._deadline_s = deadline_s = now_s + request.timeout_s
-        # One timer serves request after request: it finds the deadline moved and sets itself again.
-        if self._timer is not None and self._timer.when() > deadline_s:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(deadline_s, self._on_timer)
-        if self._transport is not None:
-            self._write(self._transport, request)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._request is None:
-            return
-        if self._loop.time() < self._deadline_s:
-            self._timer = self._loop.call_at(self._deadline_s, self._on_timer)
-            return
-        self._owe_silence()
-        self.unanswered += 1
-        self._end(Failure(self._doubt()))
-
-    def _answered(self, reply: Reply) -> None:
-        """The reply to the request under way is here."""
-        self._taken_at_ns = boot_ns()
-        self.unanswered = 0
-        replies = self._replies
-        replies.append(reply)
-        sent = len(replies)
-        if sent == len(self._series):
-            self._finish()
-            return
-        self._request = None
-        if self._silence_s:
-            self._loop.call_later(self._silence_s, self._send_next, self._done)
-        else:
-            self._send(self._series[sent])
-
-    def _send_next(self, series: asyncio.Future[Replies] | None) -> None:
-        if series is not None and self._done is series:
-            self._send(self._series[len(self._replies)])
-
-    def _end(self, failure: Failure) -> None:
-        if self._done is not None:
-            self._replies.append(failure)
-            self._finish()
-
-    def _finish(self) -> None:
-        done = self._done
-        self._done = self._request = None
-        if done is not None and not done.done():
-            done.set_result(Replies(self._replies, self._taken_at_ns))
-
-    def _owe_silence(self) -> None:
-        request = self._request
-        if request is not None:
-            # If this process was held up, the request may have gone out late: then its reply is due later too.
-            held_up_s = self._loop.time() + request.latest_s - request.timeout_s
-            self.answer_due_s = max(self._sent_s + request.latest_s, held_up_s)
-
-
-class _MbapWire(_Wire, asyncio.BufferedProtocol):
-    """Modbus TCP: a header with a transaction id before every PDU. One buffer receives; nothing is allocated."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop, silence_s=0.0)
-        self._transaction = 0
-        self._head = b""
-        self._size = 0
-        self._buffer = bytearray(_BUFFER_SIZE)
-        self._view = memoryview(self._buffer)
-        self._have = 0
-        self._foreign = False
-
-    def _write(self, transport: asyncio.Transport, request: Request) -> None:
-        self._transaction = transaction = self._transaction % 0xFFFF + 1
-        pdu = request.pdu
-        self._head = _MBAP.pack(transaction, 0, request.reply_size + 1, request.unit) + request.reply_head
-        self._size = request.reply_size + _MBAP_SIZE
-        self._foreign = False
-        transport.write(_MBAP.pack(transaction, 0, len(pdu) + 1, request.unit) + pdu)
-
-    def _doubt(self) -> Reason:
-        return Reason.FRAMING if self._have or self._foreign else Reason.TIMEOUT
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._view[self._have :] if self._have else self._view
-
-    def buffer_updated(self, nbytes: int) -> None:
-        have = self._have + nbytes
-        # Nearly always: exactly the reply asked for, in one piece.
-        if have == self._size and self._request is not None and self._buffer.startswith(self._head):
-            self._have = 0
-            self._answered(bytes(self._view[len(self._head) : have]))
-            return
-        self._have = have
-        self._take_frames()
-
-    def _take_frames(self) -> None:
-        while self._have >= _MBAP_SIZE:
-            transaction, protocol, length, unit = _MBAP.unpack_from(self._buffer)
-            end = _LENGTH_AT + length
-            if protocol or not 2 <= length <= _MAX_ADU - _LENGTH_AT:
-                # Where the next frame begins cannot be told any more.
-                self.lost_because = "the other side sent what is not Modbus TCP"
-                self._end(Failure(Reason.FRAMING))
-                self.close()
-                return
-            if self._have < end:
-                return
-            frame = bytes(self._view[:end])
-            rest = self._have - end
-            self._buffer[:rest] = self._buffer[end : self._have]
-            self._have = rest
-            request = self._request
-            if request is None or transaction != self._transaction:
-                continue  # the reply to a request that nobody waits for
-            pdu = frame[_MBAP_SIZE:]
-            if frame.startswith(self._head) and end == self._size:
-                self._answered(frame[len(self._head) :])
-            elif unit == request.unit and len(pdu) == 2 and pdu[0] == request.pdu[0] | 0x80:
-                self._answered(Failure(Reason.EXCEPTION, pdu[1]))
-            else:
-                self._foreign = True
-
-
-class _RtuWire(_Wire, asyncio.Protocol):
-    """Modbus RTU: unit, PDU, CRC, and nothing that tells where a frame begins. What is expected is known, so it is
-    looked for in all that came since the request."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, silence_s: float) -> None:
-        super().__init__(loop, silence_s)
-        self._buffer = b""
-        self._crc_failed = False
-
-    def _write(self, transport: asyncio.Transport, request: Request) -> None:
-        self._buffer = b""
-        self._crc_failed = False
-        transport.write(_framed(request))
-
-    def _doubt(self) -> Reason:
-        if self._crc_failed:
-            return Reason.CRC
-        return Reason.FRAMING if self._buffer else Reason.TIMEOUT
-
-    def data_received(self, data: bytes) -> None:
-        self.heard_s = self._loop.time()
-        request = self._request
-        if request is None:
-            return  # late, or noise between frames
-        self._buffer = (self._buffer + data)[-_BUFFER_SIZE:]
-        unit = bytes([request.unit])
-        reply = self._find(unit + request.reply_head, request.reply_size + 3)
-        if reply is not None:
-            self._answered(reply)
-            return
-        refusal = self._find(unit + bytes([request.pdu[0] | 0x80]), 5)
-        if refusal is not None:
-            self._answered(Failure(Reason.EXCEPTION, refusal[0]))
-
-    def _find(self, head: bytes, size: int) -> bytes | None:
-        """What follows `head` in the first frame of this size that passes its check."""
-        start = self._buffer.find(head)
-        while start >= 0 and len(self._buffer) >= start + size:
-            body, crc = self._buffer[start : start + size - 2], self._buffer[start + size - 2 : start + size]
-            if FramerRTU.check_CRC(body, int.from_bytes(crc, "big")):
-                return body[len(head) :]
-            self._crc_failed = True
-            start = self._buffer.find(head, start + 1)
-        return None
-
-
-def _framed(request: Request) -> bytes:
-    body = bytes([request.unit]) + request.pdu
-    return body + FramerRTU.compute_CRC(body).to_bytes(2, "big")
-
-
-class Line:
-    """A line and its lock. Made by `line_of`, given back by `release`."""
-
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, key: str) -> None:
         self.address = address
+        self.key = key
         self.users: list[str] = []
-        self._lock = asyncio.Lock()
-        self._wire: _MbapWire | _RtuWire | None = None
+        self._loop = asyncio.get_running_loop()
+        self._wire: Wire | None = None
+        self._waiting: deque[_Job] = deque()
+        self._job: _Job | None = None
+        self._pause: asyncio.TimerHandle | None = (
+            None  #: until the line is silent enough for the job's next request
+        )
+        self._in_flight = False
+        self._probed: Breaker | None = None
+        self._breakers: dict[int, Breaker] = {}
+        self._slowest_s: dict[int, float] = {}  #: turnaround, by unit
+        self._silence_s = address.silence_s if isinstance(address, SerialPort) else 0.0
+        self.reply_due_s = 0.0  #: until then a reply to a request that nobody waits for may come
+        self._quiet_from_s = (
+            0.0  #: the line has been seen silent after that, when then nothing waits to be read
+        )
+        self._owed = False  #: it is yet to be seen silent
+        self._unanswered = 0  #: requests since the last proper answer
+        self._answers = 0
+        self.meter = CostMeter(address)
+
+    # ------------------------------------------------------------------------------- for its users
 
     async def open(self, timeout_s: float) -> None:
-        """Open it, or leave it open. Raises `DeviceUnreachable`."""
-        async with self._lock:
+        turn = _Job((), True, self._loop.create_future())
+        self._queue(turn)
+        try:
+            await turn.done
             wire = self._wire
-            if wire is not None and wire.lost_because is None and not self._looks_dead(wire):
+            if wire is not None and wire.lost_because is None and not self._looks_dead():
                 return
             if wire is not None:
                 wire.close()
-            self._wire = await self._opened(timeout_s)
-            if wire is not None:
-                self._wire.answer_due_s = wire.answer_due_s  # the slave knows nothing of a new connection
+            self._wire = None
+            opened = await self._opened(timeout_s)
+            if not self.users:
+                opened.close()
+                raise DeviceUnreachable(f"{self.address}: released while it was opened")
+            self._wire = opened
+            self._unanswered = 0
+            for breaker in self._breakers.values():
+                breaker.hurry(self._loop.time())
+        finally:
+            if self._job is turn:
+                self._next()
+            else:
+                turn.done.cancel()
 
-    async def exchange(self, series: Sequence[Request]) -> Replies:
-        """Ask the series. Raises `DeviceUnreachable` if the line is not open."""
-        async with self._lock:
-            wire = self._wire
-            if isinstance(wire, _RtuWire):
-                await self._silence(wire)
-            if wire is None or wire.lost_because is not None:
-                because = wire.lost_because if wire else "not open"
-                raise DeviceUnreachable(f"{self.address}: {because}")
-            try:
-                return await wire.ask(series)
-            finally:
-                wire.forget()
+    async def exchange(self, series: Sequence[Request], force: bool) -> Replies:
+        if not series:
+            return Replies([], 0)
+        job = _Job(series, force, self._loop.create_future())
+        self._queue(job)
+        try:
+            return await job.done
+        except asyncio.CancelledError:
+            if self._job is job:
+                self._abandon()
+            raise
 
-    def release(self, user: str) -> None:
-        """One user less; the last closes it."""
-        if user in self.users:
-            self.users.remove(user)
-        if not self.users:
-            lines = _lines.get(asyncio.get_running_loop(), {})
-            if lines.get(self.address.key) is self:
-                del lines[self.address.key]
-            if self._wire is not None:
-                self._wire.close()
-                self._wire = None
+    def close(self) -> None:
+        wire, self._wire = self._wire, None
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if wire is not None:
+            if self._in_flight:
+                self._owe_silence(wire)
+            wire.close()
+        self._in_flight = False
+        if self._job is not None and self._job.series:
+            self._proceed_or_next()
 
-    def _looks_dead(self, wire: _Wire) -> bool:
+    # ------------------------------------------------------------------------------------- turns
+
+    def _queue(self, job: _Job) -> None:
+        if self._job is None:
+            self._begin(job)
+            if self._job is None:
+                self._next()
+        else:
+            self._waiting.append(job)
+
+    def _next(self) -> None:
+        self._job = None
+        waiting = self._waiting
+        while waiting and self._job is None:
+            self._begin(waiting.popleft())
+
+    def _begin(self, job: _Job) -> None:
+        """Its turn. It may be over at once; then there is no job."""
+        if job.done.done():
+            return  # nobody waits for it any more
+        self._job = job
+        if not job.series:
+            job.done.set_result(Replies([], 0))
+        elif not self._proceed():
+            self._job = None
+
+    def _proceed_or_next(self) -> None:
+        self._pause = None
+        if not self._proceed():
+            self._next()
+
+    def _proceed(self) -> bool:
+        """Send the job's next request, now or when the line is silent. False: it is over."""
+        job = self._job
+        if job is None:
+            return False
+        wire = self._wire
+        request = job.series[len(job.replies)]
+        if wire is None or wire.lost_because is not None:
+            because = wire.lost_because if wire is not None else "not open"
+            job.fail(DeviceUnreachable(f"{self.address}: {because}"))
+            return False
+        breaker = self._breakers.get(request.unit) if self._breakers else None
+        if breaker is not None and not job.force and breaker.refuses(now_s := self._loop.time()):
+            job.fail(self._left_alone(request.unit, breaker, now_s))
+            return False
+        if not wire.has_transactions:
+            silent_s = self._silent_in_s(wire, job, breaker)
+            if silent_s > 0.0:
+                self._pause = self._loop.call_later(silent_s, self._proceed_or_next)
+                return True
+            job.babble_until_s = 0.0
+        if breaker is None or job.force:
+            self._in_flight = True
+            wire.send(request)
+            return True
+        verdict = breaker.verdict(self._loop.time())
+        self._in_flight = True
+        if verdict is not Verdict.PASS:
+            self._probed = breaker
+        wire.send(request, self._patience_s(request) if verdict is Verdict.PROBE else None)
+        return True
+
+    def _left_alone(self, unit: int, breaker: Breaker, now_s: float) -> DeviceUnreachable:
+        why = {
+            Reason.TIMEOUT: "does not answer",
+            Reason.BUSY: "is busy",
+            Reason.BEHIND_GATEWAY: "is not reached by its gateway",
+        }.get(breaker.reason, f"gives no proper answer ({breaker.reason.name.lower()})")
+        again_s = max(0.0, breaker.again_s - now_s)
+        return DeviceUnreachable(
+            f"{self.address}: unit {unit} {why}; asked again in {again_s:.1f} s", breaker.reason
+        )
+
+    def _abandon(self) -> None:
+        """Nobody waits for the job whose turn it is."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        wire = self._wire
+        if self._in_flight and wire is not None:
+            self._owe_silence(wire)
+            wire.drop()
+        self._in_flight = False
+        if self._probed is not None:
+            self._probed.released()
+            self._probed = None
+        self._next()
+
+    # ----------------------------------------------------------------------------- how a request went
+
+    def answered(self, reply: Reply) -> None:
+        job = self._job
+        if job is None:
+            return
+        job.taken_at_ns = boot_ns()
+        self._in_flight = False
+        self._unanswered = 0
+        wire = self._wire
+        replies, series = job.replies, job.series
+        self._answers += 1
+        if wire is not None and (not wire.has_transactions or not self._answers % _SAMPLED):
+            self._measure(wire, series[len(replies)])
+        if type(reply) is not bytes or self._breakers:
+            self._judge(series[len(replies)].unit, reply)
+        replies.append(reply)
+        if len(replies) == len(series) or job.done.done():
+            job.finish()
+            self._next()
+        elif self._waiting:
+            self._waiting.append(job)
+            self._next()
+        else:
+            self._proceed_or_next()
+
+    def unanswered(self, failure: Failure) -> None:
+        job, wire = self._job, self._wire
+        if job is None or wire is None or not self._in_flight:
+            return
+        if wire.lost_because is None:
+            if not job.force:  # a scan asks units that are not there, and with little patience
+                self._judge(job.series[len(job.replies)].unit, failure)
+            self._unanswered += 1
+        elif self._probed is not None:
+            self._probed.released()
+        self._owe_silence(wire)
+        wire.drop()
+        self._in_flight = False
+        self._probed = None
+        job.replies.append(failure)
+        job.finish()
+        self._next()
+
+    def _judge(self, unit: int, reply: Reply) -> None:
+        """Leave the unit alone for a while, or forget that it failed."""
+        breaker = self._breakers.get(unit)
+        if isinstance(reply, bytes) or reply.reason is Reason.EXCEPTION:
+            if breaker is not None:
+                del self._breakers[unit]
+                self._probed = None
+            return
+        if breaker is None:
+            breaker = self._breakers[unit] = Breaker()
+        now_s = self._loop.time()
+        cost_s = now_s - self._wire.sent_s if self._wire is not None else 0.0
+        breaker.failed(Reason.TIMEOUT if reply.reason in _SILENT else reply.reason, now_s, cost_s)
+        if reply.code:  # it, or its gateway, answered: nothing is due any more
+            self._probed = None
+
+    def _owe_silence(self, wire: Wire) -> None:
+        """No answer came. When may none come any more?"""
+        if wire.has_transactions:
+            return
+        due_s = wire.reply_due_s()
+        if isinstance(self.address, SerialPort):
+            due_s += _ADAPTER_S
+        if self._probed is not None:
+            self._probed.expects(due_s)
+        else:
+            self.reply_due_s = max(self.reply_due_s, due_s)
+
+    def _silent_in_s(self, wire: Wire, job: _Job, breaker: Breaker | None) -> float:
+        """How long until the next request may be sent; 0: now, and nothing waits to be read."""
+        now_s = self._loop.time()
+        due_s = max(self.reply_due_s, breaker.reply_due_s if breaker is not None else 0.0)
+        if now_s < due_s:
+            self._owed = True
+            job.babble_until_s = due_s + _BABBLE_S
+            return due_s - now_s
+        # What came while this process was held up is still in the kernel: it goes before the request is written.
+        if wire.discard_input():
+            wire.heard_s = now_s
+        if self._owed:
+            self._owed = False
+            self._quiet_from_s = now_s + max(self._silence_s, _SETTLE_S)
+        quiet_s = max(self._quiet_from_s, wire.heard_s + self._silence_s) - now_s
+        if quiet_s <= 0.0:
+            return 0.0
+        if not job.babble_until_s:
+            job.babble_until_s = now_s + _BABBLE_S
+        return quiet_s if now_s < job.babble_until_s else 0.0
+
+    def _measure(self, wire: Wire, request: Request) -> None:
+        took_s = self._loop.time() - wire.sent_s
+        self.meter.note(took_s, request.reply_size)
+        if isinstance(self.address, SerialPort):
+            took_s -= self.address.frame_s(len(request.pdu)) + self.address.frame_s(request.reply_size)
+        unit = request.unit
+        self._slowest_s[unit] = max(took_s, _FORGET * self._slowest_s.get(unit, 0.0))
+
+    def _patience_s(self, request: Request) -> float:
+        """How long a unit that did not answer may take to begin its reply when it is tried again."""
+        address, known_s = self.address, self._slowest_s.get(request.unit)
+        if isinstance(address, SerialPort):
+            waits_s = _UNKNOWN_PATIENCE_S if known_s is None else max(_PATIENCE * known_s, _LEAST_PATIENCE_S)
+            return address.frame_s(len(request.pdu)) + _ADAPTER_S + waits_s
+        return _NETWORK_PATIENCE_S + (_PATIENCE * known_s if known_s is not None else 0.0)
+
+    # ------------------------------------------------------------------------------------- opening
+
+    def _looks_dead(self) -> bool:
         """A connection that brought nothing may be half open. With other users on it, be slower to blame it."""
-        return isinstance(self.address, HostPort) and wire.unanswered >= (1 if len(self.users) == 1 else 3)
+        is_stream = isinstance(self.address, HostPort) and self.address.framing != "udp"
+        return is_stream and self._unanswered >= (1 if len(self.users) == 1 else 3)
 
-    async def _opened(self, timeout_s: float) -> _MbapWire | _RtuWire:
-        loop = asyncio.get_running_loop()
-        address = self.address
-        wire: _MbapWire | _RtuWire
+    async def _opened(self, timeout_s: float) -> Wire:
+        address, loop = self.address, self._loop
+        if isinstance(address, SerialPort):
+            serial = AsciiWire(loop, self) if address.framing == "ascii" else RtuWire(loop, self)
+            open_serial(address, lambda: serial)
+            return serial
         try:
             async with asyncio.timeout(timeout_s):
-                if isinstance(address, SerialPort):
-                    wire = _RtuWire(loop, address.silence_s)
-                    made: _MbapWire | _RtuWire = wire
-                    await create_serial_connection(
-                        loop,
-                        lambda: made,
-                        address.device,
-                        baudrate=address.baud,
-                        bytesize=address.data_bits,
-                        parity=address.parity,
-                        stopbits=address.stop_bits,
-                        timeout=timeout_s,
+                if address.framing == "udp":
+                    datagrams = DatagramWire(loop, self)
+                    await loop.create_datagram_endpoint(
+                        lambda: datagrams, remote_addr=(address.host, address.port)
                     )
-                    await asyncio.sleep(
-                        0
-                    )  # pymodbus' transport says `connection_made` on the loop's next turn
-                    await asyncio.sleep(0)
-                else:
-                    wire = _RtuWire(loop, 0.0) if address.framing == "rtu_over_tcp" else _MbapWire(loop)
-                    made = wire
-                    await loop.create_connection(lambda: made, address.host, address.port)
+                    return datagrams
+                wire: MbapWire | RtuWire | AsciiWire
+                match address.framing:
+                    case "rtu_over_tcp":
+                        wire = RtuWire(loop, self)
+                    case "ascii_over_tcp":
+                        wire = AsciiWire(loop, self)
+                    case _:
+                        wire = MbapWire(loop, self)
+                await loop.create_connection(lambda: wire, address.host, address.port)
+                return wire
         except TimeoutError as err:
             raise DeviceUnreachable(
                 f"{address}: no connection within {timeout_s:g} s", Reason.TIMEOUT
             ) from err
         except OSError as err:
-            # pyserial's exception is an OSError with the number, but never a PermissionError.
-            denied = err.errno == errno.EACCES and isinstance(address, SerialPort)
-            remedy = "; add the gateway's user to the port's group (often dialout)" if denied else ""
-            raise DeviceUnreachable(f"{address}: {err}{remedy}") from err
-        except (termios.error, ValueError) as err:
-            raise ConfigError(
-                f"{address}: the port does not take these settings ({err}); a pty, for one, has no parity"
-            ) from err
-        return wire
-
-    async def _silence(self, wire: _RtuWire) -> None:
-        """Until no late reply can come, and then until nothing comes."""
-        loop = asyncio.get_running_loop()
-        give_up_s = max(wire.answer_due_s, loop.time()) + _BABBLE_S
-        gap_s = self.address.silence_s if isinstance(self.address, SerialPort) else 0.0
-        while True:
-            now_s = loop.time()
-            quiet_from_s = max(wire.answer_due_s, wire.heard_s + gap_s)
-            if now_s >= quiet_from_s or now_s >= give_up_s:
-                return
-            await asyncio.sleep(quiet_from_s - now_s)
-            # If the loop was held up, what came meanwhile is still in the kernel: a whole turn brings it in.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            raise DeviceUnreachable(f"{address}: {err}") from err
 
 
-_lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Line]] = weakref.WeakKeyDictionary()
+class Line:
+    """A line as one user has it. Made by `line_of`, given back by `release`."""
+
+    def __init__(self, address: Address, user: str) -> None:
+        self.address = address
+        self._user = user
+        self._owner = _owner_of(address, address.key, user)
+
+    async def open(self, timeout_s: float) -> None:
+        """Open it, or leave it open. Raises `DeviceUnreachable`; `ConfigError` if the port's name now means a port
+        that another user set up otherwise."""
+        # A name may mean another port after a replug. Nobody is served by a port that he did not name.
+        key = self.address.key
+        if key != self._owner.key:
+            _leave(self._owner, self._user)
+            self._owner = _owner_of(self.address, key, self._user)
+        await self._owner.open(timeout_s)
+
+    def exchange(self, series: Sequence[Request], *, force: bool = False) -> Coroutine[Any, Any, Replies]:
+        """Ask the series. Raises `DeviceUnreachable` if the line is not open, or the unit is left alone because it
+        did not answer; with `force` it is asked all the same."""
+        return self._owner.exchange(series, force)
+
+    def cost(self) -> Cost:
+        """What a request and a register cost here, as measured."""
+        return self._owner.meter.cost
+
+    def release(self, user: str) -> None:
+        """One user less; the last closes it."""
+        _leave(self._owner, user)
+
+
+_owners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Owner]] = weakref.WeakKeyDictionary()
+_due_s: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, float]] = weakref.WeakKeyDictionary()
+"""Until when a late reply may come on a line that nobody owns any more: its next owner waits for it."""
 
 
 def line_of(address: Address, user: str) -> Line:
     """The line at this address, with one user more. Raises `ConfigError` if another user set it up otherwise."""
-    lines = _lines.setdefault(asyncio.get_running_loop(), {})
-    line = lines.setdefault(address.key, Line(address))
-    if line.address.settings != address.settings:
+    return Line(address, user)
+
+
+def _owner_of(address: Address, key: str, user: str) -> _Owner:
+    loop = asyncio.get_running_loop()
+    owners = _owners.setdefault(loop, {})
+    owner = owners.get(key)
+    if owner is None:
+        owner = owners[key] = _Owner(address, key)
+        owner.reply_due_s = _due_s.get(loop, {}).pop(key, 0.0)
+    elif owner.address.settings != address.settings:
         raise ConfigError(
-            f"{user} wants {address}, but {', '.join(line.users)} on the same line has {line.address}; "
+            f"{user} wants {address}, but {', '.join(owner.users)} on the same line has {owner.address}; "
             "all devices of one line need the same settings"
         )
-    line.users.append(user)
-    return line
+    owner.users.append(user)
+    return owner
+
+
+def _leave(owner: _Owner, user: str) -> None:
+    if user in owner.users:
+        owner.users.remove(user)
+    if not owner.users:
+        loop = asyncio.get_running_loop()
+        owners = _owners.get(loop, {})
+        if owners.get(owner.key) is owner:
+            del owners[owner.key]
+        owner.close()
+        if owner.reply_due_s > loop.time():
+            _due_s.setdefault(loop, {})[owner.key] = owner.reply_due_s
