@@ -182,7 +182,7 @@ def load(name: str) -> Profile:
     """The profile with what it extends merged in. Raises `ConfigError` (file, key, nearest name)."""
     found = _all(name)
     if not found:
-        raise ProfileError(_unknown(name))
+        raise ProfileError(unknown(name))
     hides = str(found[1]) if len(found) > 1 else None
     if hides is not None:
         _say_hidden(str(found[0]), hides)
@@ -194,7 +194,8 @@ def load_file(file: Path) -> Profile:
     return _joined(file, ())
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """What to say where there is no such profile."""
     return f"unknown profile {name!r}{nearest(name, names())}; see headgate profiles"
 
 
@@ -267,7 +268,7 @@ def _parent(file: Path, text: str, head: _Head, below: tuple[Path, ...]) -> Prof
     if not others:
         if head.extends == file.stem:
             raise wrong("extends", "a profile cannot extend itself")
-        raise wrong("extends", _unknown(head.extends))
+        raise wrong("extends", unknown(head.extends))
     if others[0] in chain:
         way = " -> ".join([other.stem for other in chain] + [others[0].stem])
         raise wrong("extends", f"goes round in a circle: {way}; take one of these out")
@@ -361,7 +362,10 @@ def blame(
     found = re.match(r"point\[(\d+)\](?:\.(.*))?", err.path)
     if found is None or int(found[1]) >= len(merged):
         return err
-    name, key = merged[int(found[1])].get("name"), found[2] or ""
+    name = merged[int(found[1])].get("name")
+    # A driver's own check names the key in its text: "point 'power': register: …".
+    spoken = re.search(rf"point {re.escape(repr(name))}: (\w+): ", str(err))
+    key = found[2] or (spoken[1] if spoken else "")
     mine = [i for i, point in enumerate(points) if point.get("name") == name]
     known = [point["name"] for point in profile.points]
     if mine and (name not in known or key.split(".")[0] in points[mine[-1]]):
