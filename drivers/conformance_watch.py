@@ -25,7 +25,6 @@ _NOT_THE_DRIVERS: Final = (
     tracemalloc.Filter(inclusive=False, filename_pattern=tracemalloc.__file__),
     tracemalloc.Filter(inclusive=False, filename_pattern=__file__),
     tracemalloc.Filter(inclusive=False, filename_pattern="*/conformance.py"),
-    tracemalloc.Filter(inclusive=False, filename_pattern="*/tests/*"),
     tracemalloc.Filter(inclusive=False, filename_pattern="*/_pytest/*"),
     tracemalloc.Filter(inclusive=False, filename_pattern="*/linecache.py"),
     # Timers that were cancelled stay in the loop's heap until there are a hundred; what they would call is counted.
