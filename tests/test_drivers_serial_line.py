@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from drivers import conformance, serial_line
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, Scan, Value, ValueType, boot_ns
-from drivers.framing import CHECKS, BinaryFramer, Check, LineCounts, TextFramer, crc16_modbus, nmea_agrees
+from drivers.fields import fit, parse
+from drivers.instrument import SerialLineOptions, SerialLinePoint
 from drivers.scan_queue import ScanQueue
-from drivers.serial_line import SerialLineDriver, SerialLineOptions, SerialLinePoint, fit, parse
+from drivers.serial_line import SerialLineDriver
 from tests.fakes.serial_instrument import SerialInstrument, binary_frame, scale_line, serial_instrument
 
 WAIT_S = 10  # a deadline, never a pause: the machine may be busy
@@ -61,7 +62,6 @@ def text_driver(
     *,
     stale_after_s: float = 0.0,
     frame_timeout_ms: int = 0,
-    nmea_check: bool = False,
 ) -> SerialLineDriver:
     """Weight and temperature, as `scale_line` writes them."""
     return SerialLineDriver(
@@ -71,7 +71,6 @@ def text_driver(
             pattern=r"W=\s*(?P<weight>[^ ]+) kg, T=\s*(?P<temperature>[^ ]+) C",
             stale_after_s=stale_after_s,
             frame_timeout_ms=frame_timeout_ms,
-            nmea_check=nmea_check,
         ),
         [P(name="weight", unit="kg"), P(name="temperature", unit="Cel")],
     )
@@ -87,7 +86,8 @@ def binary_driver(instrument: SerialInstrument, *, stale_after_s: float = 0.0) -
         "meter",
         SerialLineOptions(
             port=instrument.port,
-            framing="binary",
+            framing="fixed",
+            content="binary",
             start_hex="AA 55",
             layout="<HfI",
             check="crc16_modbus",
@@ -235,7 +235,7 @@ async def test_a_line_cut_short_is_never_joined_to_the_next(instrument: SerialIn
 async def test_points_of_different_sentences_are_read_from_their_own_lines(
     instrument: SerialInstrument,
 ) -> None:
-    options = SerialLineOptions(port=instrument.port, separator=",", nmea_check=True, stale_after_s=0)
+    options = SerialLineOptions(port=instrument.port, separator=",", stale_after_s=0)
     driver = SerialLineDriver(
         "weather",
         options,
@@ -245,23 +245,13 @@ async def test_points_of_different_sentences_are_read_from_their_own_lines(
         ],
     )
     async with opened(driver) as scans:
-        instrument.noise(b"\n" + nmea("WIMWV,214.8,R") + nmea("GPGGA,1,2") + nmea("WIXDR,C,22.5,C"))
-        instrument.noise(nmea("WIMWV,215.8,R").replace(b"215", b"275"))
-        got = [await following(scans) for _ in range(3)]
+        instrument.noise(b"\n$WIMWV,214.8,R\n$GPGGA,1,2\n$WIXDR,C,22.5,C\n")
+        got = [await following(scans) for _ in range(2)]
     assert [(scan.points[0].name, scan.values) for scan in got] == [
         ("wind", [214.8]),
         ("temperature", [22.5]),
-        ("wind", [None]),
     ]
-    assert got[2].reasons == {0: Reason.CRC}
-    assert (driver.counts.ignored, driver.counts.check_errors) == (1, 1)
-
-
-def nmea(body: str) -> bytes:
-    check = 0
-    for char in body.encode():
-        check ^= char
-    return f"${body}*{check:02X}\r\n".encode()
+    assert driver.counts.ignored == 1
 
 
 async def test_an_asked_instrument_answers_and_an_unanswered_question_is_timeout(
@@ -274,18 +264,93 @@ async def test_an_asked_instrument_answers_and_an_unanswered_question_is_timeout
         decimal=".",
         request="READ?\r",
         request_period_ms=20,
-        stale_after_s=0.3,
+        reply_timeout_ms=150,
     )
     driver = SerialLineDriver("asked", options, [P(name="x", column=1, type=ValueType.I32, base=16)])
-    async with opened(driver) as scans:
-        await until(lambda: b"READ?\r" in instrument.heard())
-        instrument.send(b"ff\r")
+    async with opened(driver) as scans, answering(instrument, {b"READ?\r": b"ff\r"}):
         assert (await following(scans)).values == [255]
-        silent = await following(scans)
-        assert silent.reasons == {0: Reason.TIMEOUT}
-        await until(lambda: b"READ?\r" in instrument.heard())
-        instrument.send(b"10\r")
-        assert (await following(scans)).values == [16]
+    async with opened(driver) as scans:
+        assert (await following(scans)).reasons == {0: Reason.TIMEOUT}
+        async with answering(instrument, {b"READ?\r": b"10\r"}):
+            assert (await following(scans)).values == [16]  # and no second word of the silence before
+
+
+@asynccontextmanager
+async def answering(instrument: SerialInstrument, replies: dict[bytes, bytes]) -> AsyncIterator[list[bytes]]:
+    """The instrument answers these requests while the block runs; gives what it heard."""
+    heard: list[bytes] = []
+
+    async def answer() -> None:
+        rest = b""
+        while True:
+            rest += instrument.heard()
+            while (end := rest.find(b"\r")) >= 0:
+                asked, rest = rest[: end + 1], rest[end + 1 :]
+                heard.append(asked)
+                instrument.send(replies[asked])
+            await asyncio.sleep(0.002)
+
+    instrument.heard()
+    task = asyncio.create_task(answer())
+    try:
+        yield heard
+    finally:
+        task.cancel()
+
+
+async def test_several_questions_are_asked_in_turn_and_answers_stay_with_their_points(
+    instrument: SerialInstrument,
+) -> None:
+    options = SerialLineOptions(
+        port=instrument.port,
+        delimiter="\r",
+        pattern=r"(?P<value>\S+)",
+        request_period_ms=10,
+        reply_timeout_ms=5000,
+    )
+    points = [
+        P(name="a", field="value", request="KRDG? A\r"),
+        P(name="b", field="value", request="KRDG? B\r"),
+    ]
+    driver = SerialLineDriver("monitor", options, points)
+    replies = {b"KRDG? A\r": b"+77.350\r", b"KRDG? B\r": b"+4.2100\r"}
+    async with opened(driver) as scans, answering(instrument, replies):
+        got = [await following(scans) for _ in range(20)]
+    assert {(scan.points[0].name, *scan.values) for scan in got} == {("a", 77.35), ("b", 4.21)}
+
+
+async def test_a_late_reply_is_never_the_answer_to_another_question(instrument: SerialInstrument) -> None:
+    options = SerialLineOptions(
+        port=instrument.port,
+        delimiter="\r",
+        pattern=r"(?P<value>\S+)",
+        request_period_ms=10,
+        reply_timeout_ms=100,
+    )
+    driver = SerialLineDriver(
+        "monitor",
+        options,
+        [P(name="a", field="value", request="A\r"), P(name="b", field="value", request="B\r")],
+    )
+    async with opened(driver) as scans:
+        await until(lambda: instrument.heard() == b"A\r")
+        assert (await following(scans)).reasons == {0: Reason.TIMEOUT}
+        instrument.send(b"1\r")  # the answer to A, after its time
+        async with answering(instrument, {b"A\r": b"1\r", b"B\r": b"2\r"}):
+            got = [await following(scans) for _ in range(4)]
+    assert {(scan.points[0].name, *scan.values) for scan in got} == {("a", 1.0), ("b", 2.0)}
+    assert driver.counts.late_replies == 1
+
+
+async def test_an_adapter_that_hears_itself_gives_no_reading_of_the_request(
+    instrument: SerialInstrument,
+) -> None:
+    options = SerialLineOptions(
+        port=instrument.port, delimiter="\r", pattern=r"(?P<value>\S+)", request="7\r", request_period_ms=10
+    )
+    driver = SerialLineDriver("echo", options, [P(name="a", field="value")])
+    async with opened(driver) as scans, answering(instrument, {b"7\r": b"7\r42\r"}):
+        assert [(await following(scans)).values for _ in range(3)] == [[42.0]] * 3
 
 
 async def test_silence_says_so_once_and_then_nothing_until_it_speaks(instrument: SerialInstrument) -> None:
@@ -500,99 +565,6 @@ async def test_binary_byte_by_byte(instrument: SerialInstrument) -> None:
         assert (await following(scans)).values == [77, 7.0, 7]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_binary_noise_between_frames_loses_no_frame_and_makes_none(data: st.DataObject) -> None:
-    counts = LineCounts()
-    framer = BinaryFramer(
-        start=b"\xaa\x55",
-        body_bytes=10,
-        check="crc16_modbus",
-        check_order="little",
-        check_from=2,
-        end=b"",
-        counts=counts,
-    )
-    sent = [binary_frame(n, n / 2, n) for n in range(data.draw(st.integers(1, 8)))]
-    # Noise that holds no start: with one, a frame may rightly be taken to begin there and only time can tell.
-    noise = st.binary(max_size=30).map(lambda b: b.replace(b"\xaa", b"\x00"))
-    stream = b"".join(data.draw(noise) + frame for frame in sent)
-    got: list[bytes | None] = []
-    while stream:
-        size = data.draw(st.integers(1, len(stream)))
-        got += framer.feed(stream[:size])
-        stream = stream[size:]
-    assert got == sent
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=40), max_size=20), st.sampled_from([b"\n", b"\r\n", b"##"]))
-def test_the_text_framer_does_not_care_how_bytes_are_cut(chunks: list[bytes], delimiter: bytes) -> None:
-    def frames(pieces: list[bytes]) -> list[bytes | None]:
-        framer = TextFramer(delimiter, 16, LineCounts(), in_step=True)
-        got = [frame for piece in pieces for frame in framer.feed(piece)]
-        return [frame for frame in got if frame is not None]
-
-    stream = b"".join(chunks) + delimiter
-    once = frames([stream])
-    assert once == [line for line in stream.split(delimiter)[:-1] if 0 < len(line) <= 16]
-    assert frames([*chunks, delimiter]) == once
-    assert frames([stream[i : i + 1] for i in range(len(stream))]) == once
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=300), max_size=20))
-def test_the_framers_never_hold_more_than_a_frame_and_a_chunk(chunks: list[bytes]) -> None:
-    text = TextFramer(b"\r\n", 64, LineCounts(), in_step=False)
-    binary = BinaryFramer(
-        start=b"\x02",
-        body_bytes=8,
-        check="xor",
-        check_order="big",
-        check_from=0,
-        end=b"\x03",
-        counts=LineCounts(),
-    )
-    for chunk in chunks:
-        text.feed(chunk)
-        binary.feed(chunk)
-        assert len(text._rest) < 66
-        assert len(binary._buffer) < binary.frame_bytes
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-@pytest.mark.parametrize(
-    ("check", "expected"),
-    [
-        # "123456789" in the catalogue of parametrised CRC algorithms (reveng.sourceforge.io/crc-catalogue)
-        ("crc16_modbus", 0x4B37),
-        ("crc16_ccitt", 0x29B1),
-        ("crc16_xmodem", 0x31C3),
-        ("crc32", 0xCBF43926),
-        ("xor", 0x31),
-        ("sum8", 0xDD),
-        ("lrc", 0x23),
-    ],
-)
-def test_checks_agree_with_the_published_check_values(check: Check, expected: int) -> None:
-    size, compute = CHECKS[check]
-    assert compute(b"123456789") == expected < 1 << (8 * size)
-
-
-def test_a_modbus_frame_of_the_specification_has_its_crc() -> None:
-    assert crc16_modbus(bytes.fromhex("02 07")) == 0x1241  # Modbus over serial line 1.02, 6.2.2
-
-
-@pytest.mark.parametrize(("text", "sent"), [("$GPGLL,5057.970,N,00146.110,E,142451,A", "27"), ("$A", "41")])
-def test_nmea_check(text: str, sent: str) -> None:
-    assert nmea_agrees(text, sent)
-    assert not nmea_agrees(text + "1", sent)
-    assert not nmea_agrees(text, "zz")
-    assert not nmea_agrees(text, "")
-
-
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -683,6 +655,8 @@ async def test_the_driver_conforms(
 
 # ----------------------------------------------------------------------------------------------------- configuration
 
+BINARY: dict[str, object] = {"framing": "fixed", "content": "binary", "start_hex": "AA"}
+
 
 @pytest.mark.parametrize(
     ("options", "point", "text"),
@@ -693,27 +667,80 @@ async def test_the_driver_conforms(
         ({"separator": ","}, {}, "says not where it stands"),
         ({"separator": ",", "decimal": ","}, {"column": 1}, "both ','"),
         ({"separator": ","}, {"column": 1, "pattern": "(x)"}, "keep one"),
-        ({}, {"pattern": "(x"}, r"point 'p': pattern: '\(x' is not a valid pattern: .* at character 1"),
+        ({}, {"pattern": "(x"}, r"point 'p': pattern: '\(x' is not a valid pattern: missing"),
         ({}, {"pattern": "x"}, "has no group"),
         ({}, {"pattern": "(x)", "line": "*"}, "point 'p': line"),
         ({"pattern": "(?P<q>x)"}, {}, "has no group 'p'; it has q"),
         ({"pattern": "["}, {}, "options.pattern"),
-        ({}, {"item": 1}, 'belongs to framing = "binary"'),
-        ({"layout": "<H"}, {"column": 1}, 'belongs to framing = "binary"'),
+        ({}, {"pattern": "(?=x)(x)"}, "look-around"),
+        ({}, {"item": 1}, 'belongs to content = "binary"'),
+        ({}, {"sentence": "RMC"}, "sentence has no meaning with"),
+        ({"layout": "<H"}, {"column": 1}, 'belongs to content = "binary"'),
         ({"delimiter": ""}, {"pattern": "(x)"}, "delimiter is empty"),
         ({"delimiter": "→"}, {"pattern": "(x)"}, "more than one byte"),
         ({"baud": 1}, {"pattern": "(x)"}, "options.baud is 1; allowed is 50 to"),
+        ({"port": "usb:403:6001"}, {"pattern": "(x)"}, "options.port 'usb:403:6001' is no USB identity"),
         ({"request": "a", "request_hex": "61"}, {"pattern": "(x)"}, "both request and request_hex"),
         ({"request_hex": "6"}, {"pattern": "(x)"}, "not hexadecimal"),
-        ({"framing": "binary", "layout": "<H"}, {"item": 1}, "needs start_hex or check"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "H"}, {"item": 1}, "begin with"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "<Z"}, {"item": 1}, "bad char"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {"item": 2}, "items 1 to 1"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {}, "items 1 to 1"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "<H"}, {"column": 1}, "item only"),
-        ({"framing": "binary", "start_hex": "AA", "layout": "<300s"}, {"item": 1}, "above max_frame_bytes"),
-        ({"framing": "binary", "check": "xor", "check_from": 1, "layout": "<H"}, {"item": 1}, "check_from"),
-        ({"framing": "binary", "separator": ",", "layout": "<H"}, {"item": 1}, 'belongs to framing = "text"'),
+        ({"end_hex": "03"}, {"pattern": "(x)"}, "end_hex belongs to framing ="),
+        ({"gap_ms": 5}, {"pattern": "(x)"}, 'gap_ms belongs to framing = "gap"'),
+        ({"framing": "fixed"}, {"pattern": "(x)"}, "needs start_hex, or a check of two bytes"),
+        ({"framing": "fixed", "start_hex": "02"}, {"pattern": "(x)"}, "frame_bytes is 0"),
+        ({"framing": "gap"}, {"pattern": "(x)"}, "half a message looks like a whole one"),
+        ({"framing": "start_stop", "start_hex": "02"}, {"pattern": "(x)"}, "needs start_hex and end_hex"),
+        (
+            {"framing": "start_stop", "start_hex": "02", "end_hex": "03", "escape": "dle"},
+            {"pattern": "(x)"},
+            "of DLE and one more byte",
+        ),
+        (
+            {
+                "framing": "length",
+                "start_hex": "AA 55",
+                "length_offset": 1,
+                "content": "binary",
+                "layout": "<H",
+            },
+            {"item": 1},
+            "inside the start",
+        ),
+        (
+            {
+                "framing": "length",
+                "check": "crc16_arc",
+                "max_frame_bytes": 2000,
+                "content": "binary",
+                "layout": "<H",
+            },
+            {"item": 1},
+            "without start_hex at most 1024",
+        ),
+        ({"content": "binary", "layout": "<H"}, {"item": 1}, 'framing = "delimiter" is for text'),
+        (BINARY | {"start_hex": "", "layout": "<H"}, {"item": 1}, "needs start_hex, or a check"),
+        (BINARY | {"layout": "H"}, {"item": 1}, "begin with"),
+        (BINARY | {"layout": "<Z"}, {"item": 1}, "bad char"),
+        (BINARY | {"layout": "<H"}, {"item": 2}, "items 1 to 1"),
+        (BINARY | {"layout": "<H"}, {}, "items 1 to 1"),
+        (BINARY | {"layout": "<H"}, {"column": 1}, "it takes item"),
+        (BINARY | {"layout": "<300s"}, {"item": 1}, "above max_frame_bytes"),
+        (BINARY | {"layout": "<255s", "check": "xor"}, {"item": 1}, "a frame is 257 bytes, above"),
+        (BINARY | {"layout": "<H", "frame_bytes": 9}, {"item": 1}, "leave it out"),
+        (BINARY | {"check": "xor", "check_from": 2, "layout": "<H"}, {"item": 1}, "check_from is 2"),
+        (BINARY | {"separator": ",", "layout": "<H"}, {"item": 1}, 'belongs to content = "text"'),
+        ({"protocol": "nmea0183"}, {"column": 1}, "names no sentence"),
+        ({"protocol": "nmea0183"}, {"sentence": "RMC"}, "give the field's number"),
+        ({"protocol": "nmea0183"}, {"sentence": "$RMC", "column": 1}, "is no address"),
+        ({"protocol": "nmea0183", "delimiter": "x"}, {"sentence": "RMC", "column": 1}, "settled by protocol"),
+        (
+            {"protocol": "nmea0183"},
+            {"sentence": "RMC", "column": 3, "form": "degrees", "type": "u8"},
+            "f64 or f32",
+        ),
+        ({"protocol": "toledo"}, {}, "a scale has no field 'p'"),
+        ({"protocol": "cas"}, {"field": "stable"}, 'needs type = "bool"'),
+        ({"protocol": "ohaus"}, {"column": 1}, "it takes field"),
+        ({"protocol": "dsmr"}, {}, "names no code"),
+        ({"protocol": "dsmr"}, {"obis": "1.8.0.0.0.0"}, "is no code"),
     ],
 )
 def test_what_can_never_work_is_refused_with_the_place_and_the_remedy(
@@ -733,13 +760,15 @@ def test_a_device_without_points_is_refused() -> None:
 
 
 def test_a_layout_may_hold_a_string_and_padding() -> None:
-    options = SerialLineOptions(port="x", framing="binary", start_hex="02", layout=">x4sh", end_hex="03")
+    options = SerialLineOptions(
+        port="x", framing="fixed", content="binary", start_hex="02", layout=">x4sh", end_hex="03"
+    )
     driver = SerialLineDriver(
         "d", options, [P(name="n", item=2, type=ValueType.I16), P(name="s", item=1, type=ValueType.STR)]
     )
-    scan = driver._decode_binary(b"\x02" + struct.pack(">x4sh", b"ab", -2) + b"\x03", 5, 0.0)
-    assert scan is not None
-    assert scan.values == [-2, "ab"]
+    said = driver._questions[0].dialect.read(struct.pack(">x4sh", b"ab", -2))
+    assert said is not None
+    assert said.results == [-2, "ab"]
 
 
 def test_every_default_of_the_sample_is_the_default_of_the_code() -> None:

@@ -23,7 +23,7 @@ import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from drivers.framing import crc16_modbus
+from drivers.checks import crc16_modbus
 
 
 class SerialInstrument:
