@@ -47,7 +47,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     unit: int
     pdu: bytes
     reply_head: bytes  #: what the reply's PDU begins with
-    reply_size: int  #: bytes of the reply's PDU
+    reply_size: int  #: bytes of the reply's PDU; 0: the device decides (identification, 43/14)
     timeout_s: float
     latest_s: float  #: without transactions: no reply comes later than this after the request
 
@@ -234,7 +234,7 @@ class MbapWire(Wire, asyncio.BufferedProtocol):
         self._transaction = transaction = self._transaction % 0xFFFF + 1
         pdu = request.pdu
         self._head = _MBAP.pack(transaction, 0, request.reply_size + 1, request.unit) + request.reply_head
-        self._size = request.reply_size + _MBAP_SIZE
+        self._size = request.reply_size + _MBAP_SIZE if request.reply_size else 0
         self._foreign = False
         transport = cast(asyncio.Transport, self._transport)
         transport.write(_MBAP.pack(transaction, 0, len(pdu) + 1, request.unit) + pdu)
@@ -283,6 +283,8 @@ class MbapWire(Wire, asyncio.BufferedProtocol):
             self._answered(frame[len(self._head) :])
         elif unit == request.unit and len(pdu) == 2 and pdu[0] == request.pdu[0] | 0x80:
             self._answered(_exception(pdu[1]))
+        elif not self._size and unit == request.unit and pdu.startswith(request.reply_head):
+            self._answered(pdu[len(request.reply_head) :])
         else:
             self._foreign = True
 
@@ -320,7 +322,7 @@ class DatagramWire(Wire, asyncio.DatagramProtocol):
         pdu = data[_MBAP_SIZE:]
         if protocol or length != len(data) - _LENGTH_AT or unit != request.unit:
             self._foreign = True
-        elif pdu.startswith(request.reply_head) and len(pdu) == request.reply_size:
+        elif pdu.startswith(request.reply_head) and len(pdu) == (request.reply_size or len(pdu)):
             self._answered(pdu[len(request.reply_head) :])
         elif len(pdu) == 2 and pdu[0] == request.pdu[0] | 0x80:
             self._answered(_exception(pdu[1]))
@@ -424,7 +426,10 @@ class RtuWire(_PlainWire):
 
     def _find(self, request: Request, start: int) -> Reply | None:
         unit = bytes([request.unit])
-        reply = self._checked(unit + request.reply_head, request.reply_size + 3, start)
+        if request.reply_size:
+            reply = self._checked(unit + request.reply_head, request.reply_size + 3, start)
+        else:
+            reply = self._of_any_size(unit + request.reply_head, start)
         if reply is not None:
             return reply
         refusal = self._checked(unit + bytes([request.pdu[0] | 0x80]), 5, start)
@@ -441,6 +446,14 @@ class RtuWire(_PlainWire):
             self._check_failed = True
             start = buffer.find(head, start + 1)
         return None
+
+    def _of_any_size(self, head: bytes, start: int) -> bytes | None:
+        """What follows `head` where all that came up to now passes the check: the frame's end is where it does."""
+        start = self._buffer.find(head, start)
+        body, crc = self._buffer[max(start, 0) : -2], self._buffer[-2:]
+        if start < 0 or len(body) <= len(head) or not FramerRTU.check_CRC(body, int.from_bytes(crc, "big")):
+            return None
+        return body[len(head) :]
 
 
 class AsciiWire(_PlainWire):
@@ -474,7 +487,7 @@ class AsciiWire(_PlainWire):
             pdu = body[1:-1]
             if body[0] != request.unit:
                 continue
-            if pdu.startswith(request.reply_head) and len(pdu) == request.reply_size:
+            if pdu.startswith(request.reply_head) and len(pdu) == (request.reply_size or len(pdu)):
                 return pdu[len(request.reply_head) :]
             if len(pdu) == 2 and pdu[0] == request.pdu[0] | 0x80:
                 return _exception(pdu[1])
