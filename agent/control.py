@@ -378,13 +378,18 @@ class _Client:
         on_it = [held for held in self._host.held_lines() if held.claim.key == op.address.key]
         names = [held.device for held in on_it]
         for held in on_it:
-            if held.isolated or not held.claim.shared:
-                why = "runs in a process of its own" if held.isolated else "needs the line for itself"
+            if not held.claim.shared or (held.isolated and held.claim.settings != op.address.settings):
                 raise LineTaken(
-                    f"{op.address}: {held.device} has this line and {why}; set its enabled = false and reload, "
-                    "to try something else on it",
+                    f"{op.address}: {held.device} has this line ({held.claim.settings}) for itself; set its "
+                    "enabled = false and reload, to try something else on it",
                     names,
                 )
+            if held.isolated:
+                from agent.isolation import IsolatedDriver
+
+                driver = self._host.poller_of(held.device).driver
+                if isinstance(driver, IsolatedDriver):  # its process owns the line
+                    return await driver.ask_line(op.address, series, op.connect_timeout_s)
         if self._lines is None:
             self._lines = Lines(self._name)
         try:
