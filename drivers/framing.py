@@ -209,6 +209,8 @@ MORE: Final = More()
 class SlidingFramer(ABC):
     """Looks for a frame at each place where one may begin."""
 
+    _shared = 0  #: bytes that end a frame and may begin the next
+
     def __init__(self, shape: Shape, counts: LineCounts) -> None:
         self._shape = shape
         self._counts = counts
@@ -256,7 +258,7 @@ class SlidingFramer(ABC):
             if isinstance(body, bytes):
                 frames.append((body, self._arrival(at + size)))
                 self._in_step = True
-                at += size
+                at += size - self._shared
                 continue
             if body is not None and self._in_step:
                 self._in_step = False
@@ -369,6 +371,7 @@ class StartStopFramer(SlidingFramer):
         self._starts_inside = starts_inside
         #: One flag ends a frame and begins the next (HDLC, SLIP).
         self._flag = shape.start == shape.end and not shape.check_after_end
+        self._shared = len(shape.end) if self._flag else 0
         self._tail = shape.check_bytes if shape.check_after_end else 0
 
     @property
@@ -387,7 +390,8 @@ class StartStopFramer(SlidingFramer):
         end = _dle_end(buffer, first, shape.end) if dle else buffer.find(shape.end, first)
         if end < 0:
             return (1, Reason.FRAMING) if len(buffer) - at > self._max + len(shape.end) else MORE
-        if not self._starts_inside and buffer.find(shape.start, at + 1, end) >= 0:
+        inner_end = end if shape.check_after_end else end - shape.check_bytes  # a check may be any byte
+        if not self._starts_inside and buffer.find(shape.start, at + 1, inner_end) >= 0:
             return 1, Reason.FRAMING  # another frame begins before this one ends: it was cut short
         size = end + len(shape.end) + self._tail - at
         if size > self._max:
@@ -407,7 +411,7 @@ class StartStopFramer(SlidingFramer):
                 body = self._body(buffer, at, end + further, size + further)
                 if isinstance(body, bytes):
                     return size + further, body
-        return (size - len(shape.end) if self._flag else size), body
+        return size, body
 
     def _body(self, buffer: bytes, at: int, end: int, size: int) -> bytes | Reason:
         shape = self._shape
