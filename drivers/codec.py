@@ -90,15 +90,15 @@ class Encoding(enum.StrEnum):
 
 _SCALED: Final = frozenset(map(Encoding, ("i16", "u16", "i32", "u32", "i64", "u64")))
 _CHARACTERS: Final = frozenset({Encoding.CHAR_HIGH, Encoding.CHAR_LOW})
-_DATES: Final = {
+DATES: Final = {
     Encoding.CP56TIME2A: 8,
     Encoding.DATE_BCD: 6,
     Encoding.DATE_BYTES: 6,
     Encoding.DATE_REGISTERS: 12,
 }
-"""Bytes of each."""
+"""Encodings of a date, and the bytes of each."""
 _EPOCHS: Final = {Encoding.EPOCH_32: 4, Encoding.EPOCH_64: 8, Encoding.EPOCH_MS: 8}
-INSTANTS: Final = frozenset({*_DATES, *_EPOCHS})
+INSTANTS: Final = frozenset({*DATES, *_EPOCHS})
 """Encodings of a moment in time."""
 _UNSIGNED: Final = (ValueType.U8, ValueType.U16, ValueType.U32, ValueType.U64)
 _SIGNED: Final = (ValueType.I16, ValueType.I32, ValueType.I64)
@@ -133,9 +133,24 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
         """How many registers the value occupies (its scale register apart)."""
         return _width(self) // _WORD
 
+    def moved(self, by: int) -> Field:
+        """The same field, so many bytes on."""
+        scale_at = None if self.scale_at is None else self.scale_at + by
+        return msgspec.structs.replace(self, at=self.at + by, scale_at=scale_at)
+
 
 def what_is_wrong(field: Field) -> str | None:
     """Why this can never be decoded, beginning with the key to change; `None` where it can."""
+    wrong = _wrong_with_type(field)
+    if wrong is None:
+        try:
+            _bytes_of(field)
+        except ValueError as err:
+            wrong = f"order: {err}"
+    return wrong
+
+
+def _wrong_with_type(field: Field) -> str | None:
     type_, encoding = field.type, field.encoding
     if field.bits is not None and field.bit is None:
         return "bits: say with bit where the bit-field begins (0 the lowest)"
@@ -208,8 +223,8 @@ def _width(field: Field) -> int:
         return registers_of(field.type, field.length) * _WORD
     if encoding in _CHARACTERS:
         return field.length * _WORD
-    if encoding in _DATES:
-        return _DATES[encoding]
+    if encoding in DATES:
+        return DATES[encoding]
     if encoding in _EPOCHS:
         return _EPOCHS[encoding]
     if encoding in _SCALED:
@@ -318,7 +333,7 @@ def encode(value: Value, field: Field) -> bytes:
         return _encode_text(value, field)
     if is_part(field):
         raise ValueError(f"a {field.type} is a part of a register, and only whole registers are written")
-    if encoding in _DATES or encoding in _SCALED:
+    if encoding in DATES or encoding in _SCALED:
         raise ValueError(f"a value encoded as {encoding} is not written")
     width = _width(field)
     if encoding is None:
@@ -376,8 +391,8 @@ def scaled(raw: int, exponent: int, field: Field) -> Turned:
     return number, reason
 
 
-def unscaled(value: Value, exponent: int, field: Field) -> bytes:
-    """The registers that hold the number nearest to this one. Raises `ValueError`."""
+def unscaled(value: Value, exponent: int, field: Field) -> tuple[bytes, float]:
+    """The registers that hold the number nearest to this one, and that number. Raises `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a number")
     if not LEAST_EXPONENT <= exponent <= GREATEST_EXPONENT:
@@ -390,7 +405,8 @@ def unscaled(value: Value, exponent: int, field: Field) -> bytes:
         number = fitting(raw, holds)
     except ValueError as err:
         raise ValueError(f"{value!r} with exponent {exponent}: {err}") from err
-    return _on_the_wire(struct.pack(">" + _CODES[holds], number), field.order)
+    stored = float(raw * 10**exponent) if exponent >= 0 else raw / 10**-exponent
+    return _on_the_wire(struct.pack(">" + _CODES[holds], number), field.order), stored
 
 
 def _on_the_wire(highest_first: bytes, order: str) -> bytes:
@@ -404,7 +420,7 @@ def _encode_text(value: Value, field: Field) -> bytes:
     text = value.encode() if isinstance(value, str) else None
     if text is None or len(text) > field.length:
         raise ValueError(f"{value!r} is not text of at most {field.length} bytes")
-    swap = 1 if _swaps_bytes(field.order) else 0
+    swap = 1 if swaps_bytes(field.order) else 0
     if field.encoding in _CHARACTERS:
         place = 0 if field.encoding is Encoding.CHAR_HIGH else 1
         wire = bytearray(_width(field))
@@ -470,7 +486,7 @@ def fitting(value: Value, type_: ValueType) -> int | float:
 
 def _bytes_of(field: Field) -> list[int]:
     """The wire places of a field's bytes, the highest first, that its struct code takes."""
-    swap = 1 if _swaps_bytes(field.order) else 0
+    swap = 1 if swaps_bytes(field.order) else 0
     if field.type is ValueType.STR:
         if field.encoding in _CHARACTERS:
             place = 0 if field.encoding is Encoding.CHAR_HIGH else 1
@@ -483,7 +499,7 @@ def _bytes_of(field: Field) -> list[int]:
     return found[-1:] if one_byte else found
 
 
-def _swaps_bytes(order: str) -> bool:
+def swaps_bytes(order: str) -> bool:
     """Text has no word order: only its bytes within a register may be swapped."""
     return order in ("BADC", "DCBA", "BA")
 
@@ -536,7 +552,7 @@ def _turn_of(field: Field) -> Turn | None:
         return None
     if encoding in _SCALED:
         return functools.partial(_scaled, field=field)
-    if encoding in _DATES or encoding in _EPOCHS:
+    if encoding in DATES or encoding in _EPOCHS:
         return functools.partial(
             _instant, encoding=encoding, offset_s=60 * field.utc_offset_min, whole=type_ is ValueType.I64
         )
@@ -608,7 +624,7 @@ def _sentinels_of(field: Field) -> frozenset[float]:
 
 def _instant(raw: bytes, *, encoding: Encoding, offset_s: int, whole: bool) -> Turned:
     """Unix seconds. All ones or (of a date) all zeros is a clock that was not set."""
-    if not raw.strip(b"\xff") or (encoding in _DATES and not any(raw)):
+    if not raw.strip(b"\xff") or (encoding in DATES and not any(raw)):
         return None, Reason.SENTINEL
     reason = None
     fraction = 0.0

@@ -1,11 +1,13 @@
-"""From points to the fewest Modbus requests. Pure: plain values in, plain values out.
+"""From points to the cheapest Modbus requests. Pure: plain values in, plain values out.
 
 Rules:
 
 1. A span (what one value occupies) is never split over two requests.
-2. Requests are the fewest that the limits allow: points of all types in one table merge, and a hole of at most
-   `max_gap` registers is read along, because a request costs more than a few registers.
-3. What is in `avoid` is never read along as a hole.
+2. Points of all types in one table merge. A hole is read along where that costs less than another request would
+   (`Cost`: the line's baud and turnaround, or its round trip); the plan that comes out is the cheapest there is, not
+   merely a good one.
+3. What must not be read (`Limits.forbidden`), what the device refused (`avoid`) and where a block was refused for
+   what lies between its values (`cuts`) is never bridged.
 4. A block knows which spans it carries. Values find their way by that alone, never by position in a stream of
    replies, so a block that fails takes no other block's value along.
 """
@@ -13,6 +15,8 @@ Rules:
 from __future__ import annotations
 
 import enum
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
@@ -20,6 +24,7 @@ import msgspec
 MAX_REGISTERS = 125  #: Modbus application protocol 1.1b3, 6.3: quantity of registers 1..0x7D
 MAX_BITS = 2000  #: same, 6.1: quantity of coils 1..0x7D0
 LAST_ADDRESS = 0xFFFF
+_BITS = 16  #: of a register: a bit is this much cheaper to read along
 _CHANGED = 2.0  #: a line that costs this many times more or less than was planned for is worth a new plan
 
 
@@ -80,11 +85,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_registers: int = MAX_REGISTERS
     max_bits: int = MAX_BITS
-    max_gap: int = 32  #: registers; in a table of bits, 16 times as many
+    max_gap: int | None = None  #: registers (in a table of bits 16 times as many); unset: by cost alone
+    forbidden: tuple[Span, ...] = ()  #: never read, nor read along
 
-    def of(self, table: Table) -> tuple[int, int]:
-        """The longest block and the widest hole, in the table's own addresses."""
-        return (self.max_bits, self.max_gap * 16) if table.of_bits else (self.max_registers, self.max_gap)
+    def longest(self, table: Table) -> int:
+        """The longest block, in the table's own addresses."""
+        return self.max_bits if table.of_bits else self.max_registers
+
+    def widest(self, table: Table) -> int:
+        """The widest hole, in the table's own addresses."""
+        if self.max_gap is None:
+            return self.longest(table)
+        return self.max_gap * _BITS if table.of_bits else self.max_gap
+
+    def forbids(self, span: Span) -> Span | None:
+        """The forbidden range that this span touches, if any."""
+        for range_ in self.forbidden:
+            if range_.table is span.table and range_.first < span.end and span.first < range_.end:
+                return range_
+        return None
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -96,48 +115,104 @@ class Block(msgspec.Struct, frozen=True):
     members: tuple[int, ...]
 
 
+def cost_of(blocks: Iterable[Block], cost: Cost) -> float:
+    """Seconds on the line."""
+    return sum(
+        cost.request_s + cost.register_s * block.count / (_BITS if block.table.of_bits else 1)
+        for block in blocks
+    )
+
+
 def plan(
     spans: Sequence[Span],
     limits: Limits,
+    cost: Cost = NETWORK,
     *,
     members: Iterable[int] | None = None,
-    avoid: Collection[tuple[Table, int]] = (),
+    avoid: Collection[Span] = (),
+    cuts: Collection[tuple[Table, int]] = (),
 ) -> tuple[Block, ...]:
-    """The blocks that read `members` (all spans where unset). Raises `ValueError` for a span no request can hold."""
-    chosen = sorted(
-        range(len(spans)) if members is None else members,
-        key=lambda i: (spans[i].table, spans[i].first, spans[i].count),
-    )
+    """The blocks that read `members` (all spans where unset) at the least cost. Nothing in `avoid` is read along, and
+    no block that begins before a cut goes beyond it. Raises `ValueError` for a span no request can hold."""
     blocks: list[Block] = []
-    inside: list[int] = []
-    first = end = 0
-    longest = widest = 0
-    for i in chosen:
-        span = spans[i]
-        if not inside or spans[inside[0]].table is not span.table:
-            longest, widest = limits.of(span.table)
-        if span.count > longest:
-            raise ValueError(f"{span.count} addresses in one value, and one request may read {longest}")
-        joins = (
-            bool(inside)
-            and spans[inside[0]].table is span.table
-            and span.first - end <= widest
-            and max(end, span.end) - first <= longest
-            and not (avoid and any((span.table, hole) in avoid for hole in range(end, span.first)))
+    by_table: dict[Table, list[int]] = {}
+    for i in range(len(spans)) if members is None else members:
+        by_table.setdefault(spans[i].table, []).append(i)
+    for table in sorted(by_table):
+        chosen = by_table[table]
+        longest = limits.longest(table)
+        wide = max((spans[i] for i in chosen), key=lambda span: span.count)
+        if wide.count > longest:
+            raise ValueError(f"{wide.count} addresses in one value, and one request may read {longest}")
+        fences = _Fences(
+            [span for span in (*limits.forbidden, *avoid) if span.table is table],
+            [address for of, address in cuts if of is table],
         )
-        if not joins:
-            if inside:
-                blocks.append(_block(spans, first, end, inside))
-            inside, first, end = [], span.first, span.end
-        inside.append(i)
-        end = max(end, span.end)
-    if inside:
-        blocks.append(_block(spans, first, end, inside))
+        chosen.sort(key=lambda i: (spans[i].first, -spans[i].end))
+        blocks += _of_table(spans, chosen, table, limits, cost, fences)
     return tuple(blocks)
 
 
-def halves(spans: Sequence[Span], limits: Limits, block: Block) -> tuple[Block, ...]:
-    """A refused block in two, by its spans. Raises `ValueError` if it holds only one address range to ask for."""
+def _of_table(
+    spans: Sequence[Span],
+    chosen: Sequence[int],
+    table: Table,
+    limits: Limits,
+    cost: Cost,
+    fences: _Fences,
+) -> list[Block]:
+    """One table. A span inside another rides along with it; the others stand in order of both ends, and some cheapest
+    plan cuts that row into runs (were two blocks to cross, the values of one could move into the other at no cost).
+    `best[k]` is what the first k cost; each next is found from a sliding minimum, so the whole is linear."""
+    outer: list[Span] = []
+    riders: list[list[int]] = []
+    for i in chosen:
+        span = spans[i]
+        if outer and span.end <= outer[-1].end:
+            riders[-1].append(i)
+        else:
+            outer.append(span)
+            riders.append([i])
+    longest, widest = limits.longest(table), limits.widest(table)
+    each_s = cost.register_s / (_BITS if table.of_bits else 1)
+    best = [0.0] * (len(outer) + 1)
+    begins = [0] * (len(outer) + 1)
+    starts: deque[tuple[float, int]] = (
+        deque()
+    )  # cost up to a run that begins here, less its first address's; rising
+    earliest = 0
+    for k, span in enumerate(outer):
+        before = outer[k - 1].end if k else 0
+        if k and (span.first - before > widest or fences.between(outer[k - 1], span)):
+            earliest = k
+            starts.clear()
+        # On a tie the longer run stays: a request less.
+        begun_s = best[k] - each_s * span.first
+        while starts and starts[-1][0] > begun_s:
+            starts.pop()
+        starts.append((begun_s, k))
+        while span.end - outer[earliest].first > longest:
+            earliest += 1
+        while starts[0][1] < earliest:
+            starts.popleft()
+        at_s, begins[k + 1] = starts[0]
+        best[k + 1] = at_s + cost.request_s + each_s * span.end
+    blocks: list[Block] = []
+    upto = len(outer)
+    while upto:
+        begin = begins[upto]
+        inside = sorted(i for k in range(begin, upto) for i in riders[k])
+        first = outer[begin].first
+        blocks.append(Block(table, first, outer[upto - 1].end - first, tuple(inside)))
+        upto = begin
+    return blocks[::-1]
+
+
+def halves(
+    spans: Sequence[Span], limits: Limits, cost: Cost, block: Block, cuts: Collection[tuple[Table, int]] = ()
+) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """A refused block in two, by its spans: the blocks below and above. Raises `ValueError` if it holds only one
+    address range to ask for."""
     ordered = sorted(block.members, key=lambda i: (spans[i].first, spans[i].count))
     ranges = sorted({(spans[i].first, spans[i].count) for i in ordered})
     if len(ranges) < 2:
@@ -145,8 +220,32 @@ def halves(spans: Sequence[Span], limits: Limits, block: Block) -> tuple[Block, 
     pivot = ranges[len(ranges) // 2]
     lower = [i for i in ordered if (spans[i].first, spans[i].count) < pivot]
     upper = [i for i in ordered if (spans[i].first, spans[i].count) >= pivot]
-    return plan(spans, limits, members=lower) + plan(spans, limits, members=upper)
+    return (
+        plan(spans, limits, cost, members=lower, cuts=cuts),
+        plan(spans, limits, cost, members=upper, cuts=cuts),
+    )
 
 
-def _block(spans: Sequence[Span], first: int, end: int, inside: Sequence[int]) -> Block:
-    return Block(spans[inside[0]].table, first, end - first, tuple(sorted(inside)))
+class _Fences:
+    """Where a block may not go on from one value to the next."""
+
+    __slots__ = ("_begins", "_cuts", "_ends")
+
+    def __init__(self, kept_out: Iterable[Span], cuts: Iterable[int]) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        for span in sorted(kept_out, key=lambda span: span.first):
+            if self._ends and span.first <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], span.end)
+            else:
+                self._begins.append(span.first)
+                self._ends.append(span.end)
+        self._cuts = sorted(cuts)
+
+    def between(self, left: Span, right: Span) -> bool:
+        """Whether the hole between two neighbours has an address to keep out of, or a cut lies before the right one."""
+        at = bisect_right(self._ends, left.end)  # the first range that ends beyond the left value
+        if at < len(self._begins) and self._begins[at] < right.first and left.end < right.first:
+            return True
+        at = bisect_right(self._cuts, left.first)
+        return at < len(self._cuts) and self._cuts[at] <= right.first

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.modbus_plan import Block, Limits, Span, Table, halves, plan
+from drivers.modbus_plan import NETWORK, Block, Limits, Span, Table, halves, plan
 
 H = Table.HOLDING
 
@@ -47,13 +47,13 @@ def test_a_hole_is_bridged_up_to_the_limit() -> None:
 
 def test_a_hole_to_avoid_is_not_bridged() -> None:
     spans = [Span(H, 0), Span(H, 5)]
-    assert len(plan(spans, Limits(), avoid={(H, 3)})) == 2
-    assert len(plan(spans, Limits(), avoid={(Table.INPUT, 3), (H, 6)})) == 1
+    assert len(plan(spans, Limits(), avoid={Span(H, 3)})) == 2
+    assert len(plan(spans, Limits(), avoid={Span(Table.INPUT, 3), Span(H, 6)})) == 1
 
 
 def test_a_value_is_never_split_at_the_limit() -> None:
     spans = [Span(H, i * 4, 4) for i in range(40)]  # 125 is no multiple of 4
-    assert [b.count for b in plan(spans, Limits())] == [124, 36]
+    assert [b.count for b in plan(spans, Limits())] == [76, 84]
 
 
 def test_a_value_wider_than_a_request_is_refused() -> None:
@@ -68,7 +68,7 @@ def test_each_value_is_in_one_block_and_each_block_is_within_limits(
     blocks = plan(spans, limits)
     assert sorted(i for block in blocks for i in block.members) == list(range(len(spans)))
     for block in blocks:
-        assert block.count <= limits.of(block.table)[0]
+        assert block.count <= limits.longest(block.table)
         assert block.members == tuple(sorted(block.members))
         for i in block.members:
             assert spans[i].table is block.table
@@ -84,7 +84,7 @@ def test_each_value_is_in_one_block_and_each_block_is_within_limits(
             )
             if not inside
         ]
-        assert max(holes, default=0) <= limits.of(block.table)[1]
+        assert max(holes, default=0) <= limits.widest(block.table)
 
 
 @given(
@@ -122,11 +122,12 @@ def test_halving_loses_nothing_and_ends(spans: list[Span], limits: Limits) -> No
             break
         block = queue.pop()
         try:
-            parts = halves(spans, limits, block)
+            lower, upper = halves(spans, limits, NETWORK, block)
         except ValueError:
             assert len({(spans[i].first, spans[i].count) for i in block.members}) == 1
             seen += block.members
             continue
+        parts = [*lower, *upper]
         assert sorted(i for part in parts for i in part.members) == sorted(block.members)
         assert all(len(part.members) < len(block.members) for part in parts)
         queue += parts
