@@ -408,11 +408,22 @@ class Match(msgspec.Struct, frozen=True):
     off: float  #: from the display, in its unit; 0 where it shows the same digits
     score: float  #: decimal digits of evidence; what chance would bring has 0 or less
     moves: bool
+    idle: int = (
+        0  #: words of it that hold nothing but sign: the wider type explains them, a narrower one does not
+    )
     or_kind: Kind | None = None  #: shows the same today, and may be meant: u16 or i16
 
     @property
     def exact(self) -> bool:
         return self.off == 0.0
+
+    def same_place(self, other: Match) -> bool:
+        """Shares a register with the other, and shows the same: only how wide it is, is open."""
+        apart = (
+            self.register + self.kind.registers <= other.register
+            or other.register + other.kind.registers <= self.register
+        )
+        return self.table is other.table and not apart and math.isclose(self.value, other.value, rel_tol=1e-6)
 
 
 class Observation(msgspec.Struct, frozen=True):
@@ -431,7 +442,8 @@ _TYPE_PRIOR: Final = {
 }  # fmt: skip
 _ORDER_PRIOR: Final = {"ABCD": 0.6, "CDAB": 0.3, "BADC": 0.05, "DCBA": 0.05}
 _EVIDENCE_OF_LAYOUT: Final = 1.5  #: digits: neighbours laid out alike
-_WEAK: Final = -0.5
+_EVIDENCE_OF_IDLE: Final = 0.45  #: digits: beside a value, about one register in three holds nothing
+_LN_WORD: Final = math.log(2.0**16)
 _INEXACT: Final = 0.7  #: digits taken from what does not show the display's own digits
 
 
@@ -453,13 +465,14 @@ def match(observations: Sequence[Observation]) -> list[Match]:
         expected = observations[-1].expected
         score = sum(each[0] for each in seen)
         score += math.log10(_TYPE_PRIOR[kind] * _ORDER_PRIOR[order] * _scale_prior(kind, power, expected))
-        score += layout_.speaks_for(register, kind, order)
+        idle, hint = layout_.speaks_for(register, kind, order)
+        score += hint
         raw = seen[-1][2]
         moves = any(each[3] for each in seen)
         matches.append(
             Match(
                 table, register, kind, order, 10.0**-power if power < 0 else 1 / 10**power, raw,
-                raw / 10**power, max(each[1] for each in seen), round(score, 2), moves,
+                raw / 10**power, max(each[1] for each in seen), round(score, 2), moves, idle,
             )
         )  # fmt: skip
     return sorted(_joined(matches), key=_rank)
@@ -564,7 +577,9 @@ def _evidence(
         space, common = (2.0**32, 1.0) if kind is Kind.F32 else (2.0**64, 6.0)
         return math.log10(space / patterns) - common - doubt, off
     patterns = max(1.0, 2 * slack * unit)
-    bits = 16.0
+    # Small numbers are far commoner than large ones: as often 1 to 9 as 1,000 to 9,999 (Benford's law).
+    commonness = max(2.0**-16, 1 / (_LN_WORD * max(1.0, abs(wanted * unit))))
+    bits = -math.log2(commonness)
     ordered = words if order in ("ABCD", "BADC") else words[::-1]
     # High words that are nothing but sign say nothing; others must be right too, though small ones are common.
     idle = (0, 0xFFFF) if kind.is_signed else (0,)
@@ -595,12 +610,14 @@ class _Layout:
     def __init__(self, words: Words) -> None:
         self._words = words
 
-    def speaks_for(self, register: int, kind: Kind, order: str) -> float:
+    def speaks_for(self, register: int, kind: Kind, order: str) -> tuple[int, float]:
+        """How many of its words are idle, and the digits of evidence in that."""
         if kind.registers == 1 or kind.is_float:
-            return 0.0
+            return 0, 0.0
         size = kind.registers
         high = range(size - 1) if order in ("ABCD", "BADC") else range(1, size)
         low = size - 1 if order in ("ABCD", "BADC") else 0
+        idle_words = (0, 0xFFFF) if kind.is_signed else (0,)
         alike = others = 0
         for step in (-4, -3, -2, -1, 1, 2, 3, 4):
             at = register + step * size
@@ -608,12 +625,12 @@ class _Layout:
             if None in group:
                 continue
             others += 1
-            alike += all(group[i] in (0, 0xFFFF) for i in high) and bool(group[low])
-        own = [self._words.get(register + i) for i in range(size)]
-        idle = all(own[i] in (0, 0xFFFF) for i in high)
-        if idle and others >= 3 and alike >= 0.7 * others:
-            return _EVIDENCE_OF_LAYOUT
-        return _WEAK if idle and size > 2 else 0.0
+            alike += all(group[i] in idle_words for i in high) and bool(group[low])
+        idle = sum(self._words.get(register + i) in idle_words for i in high)
+        hint = _EVIDENCE_OF_IDLE * idle
+        if idle == size - 1 and others >= 3 and alike >= 0.7 * others:
+            hint += _EVIDENCE_OF_LAYOUT
+        return idle, hint
 
 
 def _joined(matches: Sequence[Match]) -> list[Match]:
@@ -639,43 +656,53 @@ def match_all(observations: Mapping[str, Sequence[Observation]]) -> dict[str, li
     found = {label: match(each) for label, each in observations.items()}
     if len(found) < 2:
         return found
-    served: dict[tuple[str, Kind, Table], set[str]] = {}
+    served: dict[_Way, dict[str, int]] = {}  # by way: label -> idle words
     for label, matches in found.items():
         for each in matches:
             if each.exact and each.score > 0:
-                served.setdefault((each.order, each.kind, each.table), set()).add(label)
+                of_way = served.setdefault(_way(each), {})
+                of_way[label] = max(of_way.get(label, 0), each.idle)
     told: dict[str, list[Match]] = {}
     for label, matches in found.items():
-        weighed = [
-            msgspec.structs.replace(
-                each,
-                score=round(
-                    each.score + 0.7 * max(0, len(served.get((each.order, each.kind, each.table), ())) - 1), 2
-                ),
-            )
-            for each in matches
-        ]
+        weighed: list[Match] = []
+        for each in matches:
+            others = {name: idle for name, idle in served.get(_way(each), {}).items() if name != label}
+            hint = _EVIDENCE_OF_OTHERS * len(others) + _EVIDENCE_OF_IDLE * sum(others.values())
+            weighed.append(msgspec.structs.replace(each, score=round(each.score + min(hint, 4.0), 2)))
         told[label] = sorted(weighed, key=_rank)
     return told
 
 
+_EVIDENCE_OF_OTHERS: Final = 0.7  #: digits: another value of this display stands there in the same way
+_Way: TypeAlias = tuple[Table, str, int, bool]
+
+
+def _way(match_: Match) -> _Way:
+    return match_.table, match_.order, match_.kind.registers, match_.kind.is_float
+
+
 SURE: Final = 2.0  #: digits of evidence, after priors, from which a match is worth stopping a search for
+
+
+_APART: Final = 0.5
 
 
 def is_sure(matches: Sequence[Match]) -> bool:
     """Whether the best match stands out: shows the display's digits, and no other comes near."""
     if not matches or not matches[0].exact or matches[0].score < SURE:
         return False
-    return len(matches) < 2 or matches[0].score - matches[1].score >= 0.5
+    best = matches[0]
+    rival = next((each for each in matches[1:] if not each.same_place(best)), None)
+    return rival is None or best.score - rival.score >= _APART
 
 
 def point_table(name: str, unit: str, match_: Match) -> dict[str, str | int | float]:
     """The match as a point of the configuration; only what is not the default."""
-    table: dict[str, str | int | float] = {
-        "name": name,
-        "register": match_.register,
-        "type": match_.kind.value,
-    }
+    kind = match_.kind.value
+    table: dict[str, str | int | float] = {"name": name, "register": match_.register}
+    table["type"] = kind.replace("bcd", "u")
+    if kind.startswith("bcd"):
+        table["encoding"] = "bcd"
     if match_.table is not Table.HOLDING:
         table["table"] = match_.table.value
     if match_.order != "ABCD":

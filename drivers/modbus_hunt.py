@@ -100,6 +100,8 @@ _BASES: Final = (
     40069, 40100,
 )  # fmt: skip
 _STEPS: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_LOW: Final = 4096
+_LOW_STEP: Final = 8
 _BEYOND: Final = 12  #: addresses after the end of a stretch that are tried: maps have small gaps
 _BLOCK: Final = 32  #: a stretch is followed in blocks so long at first; what answers is asked for more
 
@@ -143,6 +145,11 @@ class Hunt:
         self._doing = None
         self.asked -= 1
         return None
+
+    @property
+    def following(self) -> bool:
+        """In the middle of a stretch, whose end is not seen yet."""
+        return bool(self._follow)
 
     def left(self) -> int:
         """An upper bound of the requests that are left."""
@@ -226,6 +233,10 @@ class Hunt:
     def _all_points(self) -> Iterator[tuple[Table, int]]:
         for self._pairs in (False, True):
             for address in _BASES:
+                for table in self._tables:
+                    yield table, address
+            # Most maps lie low: look there closely before looking everywhere.
+            for address in range(0, _LOW, _LOW_STEP):
                 for table in self._tables:
                     yield table, address
             for step in _STEPS:

@@ -26,7 +26,8 @@ LOW_UNITS: Final = 32  #: asked first at every setting: installers count from 1
 
 _REQUEST_BYTES: Final = 8  #: unit, function, address, quantity, CRC
 _REPLY_BYTES: Final = 7  #: unit, function, byte count, one register, CRC
-OVERHEAD_S: Final = 0.003  #: what a request costs this machine beside the waiting
+SETTLE_S: Final = 0.005  #: the line's own pause after a request that was not answered
+OVERHEAD_S: Final = 0.002  #: what a request costs this machine beside the waiting
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -101,7 +102,7 @@ def timeout_s(setting: Setting, turnaround_s: float) -> float:
 
 def cost_s(setting: Setting, turnaround_s: float) -> float:
     """What a request that nobody answers takes."""
-    return timeout_s(setting, turnaround_s) + OVERHEAD_S
+    return timeout_s(setting, turnaround_s) + max(SETTLE_S, setting.silence_s) + OVERHEAD_S
 
 
 def units_of(text: str, *, last: int = LAST_UNIT) -> list[int]:
@@ -224,3 +225,44 @@ class Sweep:
         now, later = list(self._queue)[:1], list(self._queue)[1:]
         later.sort(key=lambda each: each[0].baud != baud)  # stable: else as before
         self._queue = deque([*now, *later])
+
+
+# --------------------------------------------------------------------------------- who are you
+
+IDENTIFY: Final = 0x2B  #: encapsulated interface transport (application protocol 1.1b3, 6.19)
+READ_IDENTIFICATION: Final = 0x0E  #: its MEI type (same, 6.21)
+BASIC: Final = 0x01  #: vendor, product code, revision
+REGULAR: Final = 0x02  #: those and the vendor's address, product name, model name, application name
+_FIXED: Final = 4  #: of a reply, after the code: conformity, more follows, next object, number of objects
+OBJECT_WORDS: Final = {
+    0: "vendor", 1: "product", 2: "revision", 3: "address", 4: "product name", 5: "model", 6: "application",
+}  # fmt: skip
+
+
+class Identification(msgspec.Struct, frozen=True):
+    """One reply: the objects in it, and with which to go on (`None`: that was all)."""
+
+    objects: dict[int, str]
+    go_on: int | None
+
+
+def identification_pdu(code: int, first: int = 0) -> bytes:
+    return bytes([IDENTIFY, READ_IDENTIFICATION, code, first])
+
+
+def parse_identification(reply: bytes) -> Identification:
+    """What follows function, MEI type and code in a reply. What does not fit is left out; never raises."""
+    if len(reply) < _FIXED:
+        return Identification({}, None)
+    _, more, following, count = reply[:_FIXED]
+    objects: dict[int, str] = {}
+    at = _FIXED
+    for _ in range(count):
+        if at + 2 > len(reply) or at + 2 + reply[at + 1] > len(reply):
+            break
+        number, size = reply[at], reply[at + 1]
+        raw = reply[at + 2 : at + 2 + size]
+        text = raw.decode("utf-8", "replace").strip("\0 ")
+        objects[number] = "".join(each if each.isprintable() else "?" for each in text)
+        at += 2 + size
+    return Identification(objects, following if more == 0xFF and objects else None)
