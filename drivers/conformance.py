@@ -1,6 +1,6 @@
 """What every driver must do, as checks that any driver's own tests run. With pytest::
 
-    @pytest.mark.headgate_driver(MyDriver)
+    @pytest.mark.headgate_driver(kind=MyDriver)
     async def test_conforms(headgate_check: Check, subject: Subject) -> None:
         await headgate_check(subject)
 

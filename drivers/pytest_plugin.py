@@ -1,6 +1,6 @@
 """The conformance suite in pytest, for any driver in any package (entry point `pytest11`).
 
-    @pytest.mark.headgate_driver(MyDriver)
+    @pytest.mark.headgate_driver(kind=MyDriver)
     async def test_conforms(headgate_check: Check, subject: Subject) -> None:
         await headgate_check(subject)
 
@@ -29,10 +29,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from drivers.contract import Driver, PushDriver
 
     mark = metafunc.definition.get_closest_marker(_MARK)
-    kind = mark.args[0] if mark is not None and mark.args else None
+    kind = mark.kwargs.get("kind") if mark is not None else None
     if not (isinstance(kind, type) and issubclass(kind, Driver | PushDriver)):
         raise pytest.UsageError(
-            f"{metafunc.definition.nodeid}: say which driver it checks: @pytest.mark.{_MARK}(MyDriver), "
+            f"{metafunc.definition.nodeid}: say which driver it checks: @pytest.mark.{_MARK}(kind=MyDriver), "
             "a Driver or PushDriver of drivers.contract"
         )
     metafunc.parametrize(_FIXTURE, checks_of(kind), ids=title, indirect=True)
