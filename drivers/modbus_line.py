@@ -164,6 +164,8 @@ class _Owner:
         job = _Job(series, force, self._loop.create_future())
         self._queue(job)
         try:
+            if job.done.done():
+                await asyncio.sleep(0)  # refused at once: whoever asks in a loop must not hold up all others
             return await job.done
         except asyncio.CancelledError:
             if self._job is job:
