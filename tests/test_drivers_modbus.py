@@ -37,7 +37,7 @@ def words(fmt: str, *values: float) -> list[int]:
     return list(struct.unpack(f">{len(raw) // 2}H", raw))
 
 
-def point(name: str, register: int, type_: str = "u16", **keys: Value) -> dict[str, object]:
+def point(name: str, register: int, type_: str = "u16", **keys: object) -> dict[str, object]:
     return {"name": name, "register": register, "type": type_, **keys}
 
 
