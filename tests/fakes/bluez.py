@@ -1,9 +1,12 @@
-"""A simulated BlueZ on a private D-Bus: what runs against it is the real, unmodified `bleak`.
+"""A simulated BlueZ on a private D-Bus: what runs against it are our scanner and the real, unmodified `bleak`.
 
-It keeps BlueZ's habits that matter to a scanner: nothing is heard while nobody scans; a client that scans twice gets
-`InProgress`; without `DuplicateData` an unchanged advert is not signalled again; a change of signal strength alone is
-signalled without the data; devices stay in the object tree after they were heard. And its failures: adapter pulled or
-powered off, bluetoothd restarted, D-Bus gone, calls that are refused or never answered.
+It keeps BlueZ's habits that matter to a client: nothing is heard while nobody scans; a client that scans twice gets
+`InProgress`; without `DuplicateData` (and by an advertisement monitor) an unchanged advert is not signalled again; a
+change of signal strength alone is signalled without the data; of a sender all data ever heard are signalled together;
+devices stay in the object tree after they were heard; a scan ends with its client; services are resolved some time
+after a connection, and gone with it. And its failures: adapter pulled or powered off, bluetoothd restarted, D-Bus gone,
+calls that are refused, never answered, or done and answered with an error; a controller gone deaf until the scan is
+started afresh, or until it is switched off and on; connections refused, hanging, dropped; ATT errors.
 
     python -m tests.fakes.bluez --folder /tmp/bus --sensors 3 --period-ms 1000 --seed 7
 
@@ -26,7 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +41,11 @@ DEVICE: Final = "org.bluez.Device1"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 BTHOME_UUID: Final = "0000fcd2-0000-1000-8000-00805f9b34fb"
+
+SERVICE: Final = "org.bluez.GattService1"
+CHARACTERISTIC: Final = "org.bluez.GattCharacteristic1"
+MONITORS: Final = "org.bluez.AdvertisementMonitorManager1"
+MONITOR: Final = "org.bluez.AdvertisementMonitor1"
 
 RSSI_THRESHOLD_DB = 8  # BlueZ signals a smaller change only with DuplicateData (src/device.c, RSSI_THRESHOLD)
 
@@ -81,12 +89,20 @@ class PrivateBus:
         self._socket.unlink(missing_ok=True)
         # So that it does not outlive a test that is killed.
         bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        self._process = subprocess.Popen(
-            [*bound, program, f"--config-file={self._config}", "--nofork", "--nopidfile", "--print-address"],
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
-            text=True,
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    *bound,
+                    program,
+                    f"--config-file={self._config}",
+                    "--nofork",
+                    "--nopidfile",
+                    "--print-address",
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self._process.stdout is not None
         if not self._process.stdout.readline():  # it prints its address once it listens
             raise RuntimeError(f"dbus-daemon ended with {self._process.wait()}: {self._log.read_text()}")
@@ -116,19 +132,55 @@ class _Sent:
 
     rssi: int
     data: Mapping[str, bytes]
+    companies: Mapping[int, bytes]
     name: str
+
+
+@dataclasses.dataclass(slots=True)
+class Characteristic:
+    """One of a peripheral. `errors` are given out before the value is: (name, text) of a D-Bus error."""
+
+    uuid: str
+    value: bytes = b""
+    flags: tuple[str, ...] = ("read", "notify")
+    errors: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class _Monitor:
+    """An advertisement monitor of a client: (AD type, content at the start)."""
+
+    client: str
+    root: str
+    patterns: list[tuple[int, bytes]]
 
 
 class FakeBlueZ:
     """`org.bluez` with one adapter. `offered` and `delivered` are its own books, whoever listens."""
 
-    def __init__(self, adapter: str = "hci0", *, powered: bool = True) -> None:
+    def __init__(self, adapter: str = "hci0", *, powered: bool = True, monitors: bool = False) -> None:
+        """`monitors`: it was started with --experimental, so that clients can scan passively."""
         self.adapter_path = f"/org/bluez/{adapter}"
         self.offered = 0  #: adverts that sensors sent
         self.delivered = 0  #: of those, signalled to somebody who scans, data and all
         self.calls: list[tuple[str, str]] = []  #: (path, member) of every call
         self.refusals: dict[str, list[tuple[str, str]]] = {}  #: member -> errors still to give, (name, text)
         self.hangs: set[str] = set()  #: members that are never answered
+        self.done_but_refused: dict[str, list[tuple[str, str]]] = {}  #: likewise, and done all the same
+        self.deaf_until = (
+            ""  #: "" or "restart" of the scan, or "power" off and on: no advertisement gets through
+        )
+        self.connect_s = 0.0  #: that a connection takes
+        self.connected: list[str] = []  #: addresses, in the order of connecting
+        self.connects: list[str] = []  #: every one that was ever made
+        self.most_connected = self.most_connecting = 0
+        self.monitors: list[_Monitor] = []
+        self._has_monitors = monitors
+        self._scanned_before = False
+        self._connecting = 0
+        self._peripherals: dict[str, dict[str, list[Characteristic]]] = {}  #: by path and service
+        self._characteristics: dict[str, Characteristic] = {}  #: by path
+        self._notifying: set[str] = set()
         self._powered = powered
         self._tree: dict[str, dict[str, Properties]] = {}
         self._sent: dict[str, _Sent] = {}
@@ -170,6 +222,11 @@ class FakeBlueZ:
         self._sent.clear()
         self._sessions.clear()
         self._filters.clear()
+        self.monitors.clear()
+        self.connected.clear()
+        self._characteristics.clear()
+        self._notifying.clear()
+        self._connecting = 0
 
     @property
     def discovering(self) -> bool:
@@ -191,10 +248,16 @@ class FakeBlueZ:
                 "Roles": Variant("as", ["central"]),
             },
         )
+        if self._has_monitors:
+            supported = {"SupportedMonitorTypes": Variant("as", ["or_patterns"])}
+            self._add(self.adapter_path, MONITORS, supported)
 
     def unplug(self) -> None:
         """The adapter is pulled out, and its devices with it."""
         self._sessions.clear()
+        self.monitors.clear()
+        for address in list(self.connected):
+            self.drop_link(address)
         for path in [path for path in self._tree if path.startswith(self.adapter_path + "/")]:
             self.forget(path)
         self._remove(self.adapter_path)
@@ -203,6 +266,10 @@ class FakeBlueZ:
         self._powered = on
         if not on:
             self._sessions.clear()
+            for address in list(self.connected):
+                self.drop_link(address)
+        elif self.deaf_until == "power":
+            self.deaf_until = ""
         self._change(
             self.adapter_path,
             ADAPTER,
@@ -220,42 +287,56 @@ class FakeBlueZ:
         *,
         rssi: int = -60,
         service_data: Mapping[str, bytes] | None = None,
+        company_data: Mapping[int, bytes] | None = None,
         name: str = "",
     ) -> bool:
         """One advertisement. True if it was signalled, with its data, to a client that scans."""
         self.offered += 1
-        if not self.discovering or self._bus is None or self.adapter_path not in self._tree:
+        if self._bus is None or self.adapter_path not in self._tree or self.deaf_until or not self._powered:
+            return False
+        data, companies = dict(service_data or {}), dict(company_data or {})
+        if not self.discovering and not self._is_monitored(data, companies):
             return False
         path = self.path_of(address)
-        data = dict(service_data or {})
         before = self._sent.get(path)
-        self._sent[path] = _Sent(
-            rssi, data or (before.data if before else {}), name or (before.name if before else "")
-        )
+        all_data = dict(before.data if before else {}) | data
+        all_companies = dict(before.companies if before else {}) | companies
+        self._sent[path] = _Sent(rssi, all_data, all_companies, name or (before.name if before else ""))
         changes: Properties = {}
         duplicates = any(
             (wish := wishes.get("DuplicateData")) is None or wish.value for wishes in self._filters.values()
         )
         if before is None or duplicates or abs(before.rssi - rssi) >= RSSI_THRESHOLD_DB:
             changes["RSSI"] = Variant("n", rssi)
-        if data and (before is None or duplicates or before.data != data):
-            changes["ServiceData"] = Variant(
-                "a{sv}", {uuid: Variant("ay", raw) for uuid, raw in data.items()}
-            )
+        if name and (before is None or before.name != name):
+            changes["Name"] = changes["Alias"] = Variant("s", name)
+        if data and (before is None or duplicates or before.data != all_data):
+            changes["ServiceData"] = _service_data(all_data)
+        if companies and (before is None or duplicates or before.companies != all_companies):
+            changes["ManufacturerData"] = _company_data(all_companies)
         if before is None:
             self._add(path, DEVICE, self._device(address, name) | changes)
         elif changes:
             self._change(path, DEVICE, changes)
-        heard = "ServiceData" in changes
+        heard = "ServiceData" in changes or "ManufacturerData" in changes
         self.delivered += heard
         return heard
+
+    def _is_monitored(self, data: Mapping[str, bytes], companies: Mapping[int, bytes]) -> bool:
+        sent = [(0x16, int(uuid[4:8], 16).to_bytes(2, "little") + raw) for uuid, raw in data.items()]
+        sent += [(0xFF, number.to_bytes(2, "little") + raw) for number, raw in companies.items()]
+        return any(
+            kind == wanted and raw.startswith(content)
+            for monitor in self.monitors
+            for wanted, content in monitor.patterns
+            for kind, raw in sent
+        )
 
     def know(self, address: str, service_data: Mapping[str, bytes], name: str = "") -> None:
         """A device heard in some earlier scan, still in BlueZ's memory."""
         path = self.path_of(address)
-        data = Variant("a{sv}", {uuid: Variant("ay", raw) for uuid, raw in service_data.items()})
-        self._sent[path] = _Sent(-60, dict(service_data), name)
-        self._add(path, DEVICE, self._device(address, name) | {"ServiceData": data})
+        self._sent[path] = _Sent(-60, dict(service_data), {}, name)
+        self._add(path, DEVICE, self._device(address, name) | {"ServiceData": _service_data(service_data)})
 
     def forget(self, path: str) -> None:
         self._sent.pop(path, None)
@@ -276,6 +357,117 @@ class FakeBlueZ:
             "ServicesResolved": Variant("b", False),
             "UUIDs": Variant("as", []),
         }
+
+    # ---------------------------------------------------------------------------------------- connections
+
+    def peripheral(self, address: str, services: Mapping[str, list[Characteristic]]) -> None:
+        """What a device offers to whom connects."""
+        self._peripherals[self.path_of(address)] = dict(services)
+
+    def notify(self, address: str, uuid: str, value: bytes) -> bool:
+        """The device sends a notification. True if somebody had asked for it."""
+        path = self.path_of(address)
+        for at, characteristic in self._characteristics.items():
+            if at.startswith(path) and characteristic.uuid == uuid:
+                characteristic.value = value
+                if at in self._notifying:
+                    self._change(at, CHARACTERISTIC, {"Value": Variant("ay", value)})
+                    return True
+        return False
+
+    def drop_link(self, address: str) -> None:
+        """The connection is lost."""
+        path = self.path_of(address)
+        if address in self.connected:
+            self.connected.remove(address)
+        if path in self._tree:
+            off = {"ServicesResolved": Variant("b", False), "Connected": Variant("b", False)}
+            self._change(path, DEVICE, off)
+        for below in [one for one in self._tree if one.startswith(path + "/")]:
+            self._notifying.discard(below)
+            self._characteristics.pop(below, None)
+            self._remove(below)
+
+    async def _connect(self, message: Message) -> None:
+        path = message.path or ""
+        address = path[-17:].replace("_", ":")
+        self._connecting += 1
+        self.most_connecting = max(self.most_connecting, self._connecting)
+        await asyncio.sleep(self.connect_s)
+        self._connecting -= 1
+        if self._bus is None or path not in self._tree:
+            return
+        if address not in self.connected:
+            self.connected.append(address)
+            self.connects.append(address)
+        self.most_connected = max(self.most_connected, len(self.connected))
+        self._change(path, DEVICE, {"Connected": Variant("b", True)})
+        self._reply(Message.new_method_return(message))
+        await asyncio.sleep(0.01)  # its services are asked for
+        if address in self.connected:
+            self._resolve(path)
+
+    def _resolve(self, path: str) -> None:
+        handle = 0
+        for service, characteristics in self._peripherals.get(path, {}).items():
+            handle += 1
+            at = f"{path}/service{handle:04x}"
+            told = {
+                "UUID": Variant("s", service),
+                "Device": Variant("o", path),
+                "Primary": Variant("b", True),
+            }
+            self._add(at, SERVICE, told)
+            for characteristic in characteristics:
+                handle += 1
+                below = f"{at}/char{handle:04x}"
+                self._characteristics[below] = characteristic
+                self._add(
+                    below,
+                    CHARACTERISTIC,
+                    {
+                        "UUID": Variant("s", characteristic.uuid),
+                        "Service": Variant("o", at),
+                        "Value": Variant("ay", b""),
+                        "Notifying": Variant("b", False),
+                        "Flags": Variant("as", list(characteristic.flags)),
+                        "MTU": Variant("q", 247),
+                    },
+                )
+        self._change(path, DEVICE, {"ServicesResolved": Variant("b", True)})
+
+    def _answer_characteristic(self, message: Message) -> Message:
+        path = message.path or ""
+        characteristic = self._characteristics[path]
+        match message.member:
+            case "ReadValue":
+                if characteristic.errors:
+                    return Message.new_error(message, *characteristic.errors.pop(0))
+                if "read" not in characteristic.flags:
+                    return Message.new_error(message, "org.bluez.Error.NotPermitted", "Read not permitted")
+                return Message.new_method_return(message, "ay", [characteristic.value])
+            case "StartNotify":
+                if "notify" not in characteristic.flags:
+                    return Message.new_error(
+                        message, "org.bluez.Error.NotSupported", "Operation is not supported"
+                    )
+                self._notifying.add(path)
+            case "StopNotify":
+                self._notifying.discard(path)
+            case member:
+                return Message.new_error(message, ErrorType.UNKNOWN_METHOD.value, f"no method {member}")
+        return Message.new_method_return(message)
+
+    def _reply(self, message: Message) -> None:
+        if self._bus is not None and self._bus.connected:
+            with contextlib.suppress(OSError, DBusFastError):
+                self._bus.send(message)
+
+    def _later(self, work: Coroutine[object, object, None]) -> bool:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
 
     # ------------------------------------------------------------------------------------------------- tree
 
@@ -316,7 +508,34 @@ class FakeBlueZ:
             return True
         if errors := self.refusals.get(member):
             return Message.new_error(message, *errors.pop(0))
+        if errors := self.done_but_refused.get(member):
+            self._answer(message)
+            return Message.new_error(message, *errors.pop(0))
+        if message.interface == DEVICE and member == "Connect":
+            return self._later(self._connect(message))
+        if message.interface == MONITORS and member == "RegisterMonitor":
+            return self._later(self._register(message))
         return self._answer(message)
+
+    async def _register(self, message: Message) -> None:
+        """As BlueZ does: the client is asked for what it has under the path that it named."""
+        client, root = message.sender or "", str(message.body[0])
+        self._reply(Message.new_method_return(message))
+        bus = self._bus
+        if bus is None:
+            return
+        asked = await bus.call(
+            Message(destination=client, path=root, interface=OBJECT_MANAGER, member="GetManagedObjects")
+        )
+        if asked.message_type is not MessageType.METHOD_RETURN:
+            return
+        for path, interfaces in asked.body[0].items():
+            if MONITOR in interfaces and interfaces[MONITOR]["Type"].value == "or_patterns":
+                patterns = [
+                    (kind, bytes(content)) for _, kind, content in interfaces[MONITOR]["Patterns"].value
+                ]
+                self.monitors.append(_Monitor(client, root, patterns))
+                await bus.call(Message(destination=client, path=path, interface=MONITOR, member="Activate"))
 
     def _answer(self, message: Message) -> Message:
         path, member = message.path or "", message.member or ""
@@ -329,8 +548,19 @@ class FakeBlueZ:
             return Message.new_method_return(message, "a{sv}", [node[message.body[0]]])
         if message.interface == PROPERTIES and member == "Get":
             return Message.new_method_return(message, "v", [node[message.body[0]][message.body[1]]])
+        if message.interface == PROPERTIES and member == "Set" and message.body[1] == "Powered":
+            self.power(bool(message.body[2].value))
+            return Message.new_method_return(message)
         if message.interface == ADAPTER:
             return self._answer_adapter(message)
+        if message.interface == MONITORS:
+            self.monitors = [one for one in self.monitors if one.client != message.sender]
+            return Message.new_method_return(message)
+        if message.interface == DEVICE and member == "Disconnect":
+            self.drop_link(path[-17:].replace("_", ":"))
+            return Message.new_method_return(message)
+        if message.interface == CHARACTERISTIC:
+            return self._answer_characteristic(message)
         return Message.new_error(message, ErrorType.UNKNOWN_METHOD.value, f"no method {member}")
 
     def _answer_adapter(self, message: Message) -> Message:
@@ -346,7 +576,14 @@ class FakeBlueZ:
                         message, "org.bluez.Error.InProgress", "Operation already in progress"
                     )
                 self._sessions.add(client)
+                if self.deaf_until == "restart" and self._scanned_before:
+                    self.deaf_until = ""
+                self._scanned_before = True
                 self._change(self.adapter_path, ADAPTER, {"Discovering": Variant("b", True)})
+            case "RemoveDevice":
+                path = str(message.body[0])
+                self.drop_link(path[-17:].replace("_", ":"))
+                self.forget(path)
             case "StopDiscovery":
                 if client not in self._sessions:
                     return Message.new_error(message, "org.bluez.Error.Failed", "No discovery started")
@@ -357,9 +594,18 @@ class FakeBlueZ:
 
     def _end_session(self, client: str) -> None:
         self._filters.pop(client, None)
+        self.monitors = [one for one in self.monitors if one.client != client]
         if client in self._sessions:
             self._sessions.remove(client)
             self._change(self.adapter_path, ADAPTER, {"Discovering": Variant("b", self.discovering)})
+
+
+def _service_data(data: Mapping[str, bytes]) -> Variant:
+    return Variant("a{sv}", {uuid: Variant("ay", raw) for uuid, raw in data.items()})
+
+
+def _company_data(data: Mapping[int, bytes]) -> Variant:
+    return Variant("a{qv}", {number: Variant("ay", raw) for number, raw in data.items()})
 
 
 # ---------------------------------------------------------------------------------------------------- sensors at work
