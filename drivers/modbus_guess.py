@@ -195,7 +195,7 @@ _USUAL: Final = (
     (400.0, 20.0, "mains voltage between phases, V"),
     (120.0, 6.0, "mains voltage, V"),
 )
-_INT_SCALES: Final = (1.0, 0.1, 0.01, 0.001)
+_INT_SCALES: Final = (0.1, 0.01, 0.001)
 
 
 def guesses(words: Words) -> list[Guess]:
@@ -211,7 +211,8 @@ def guesses(words: Words) -> list[Guess]:
                         continue
                     likely, note = alone[i]
                     if kind.registers > 1 and likely >= _BELIEVED:
-                        likely = min(1.0, likely + _of_neighbours(alone, i, kind.registers))
+                        weight = 1.0 if kind.is_float else 0.4  # small numbers in pairs look like wide ones
+                        likely = min(1.0, likely + weight * _of_neighbours(alone, i, kind.registers))
                     found.append(
                         Guess(first + i, kind, order, value, round(_usual(kind, order) * likely, 3), note)
                     )
