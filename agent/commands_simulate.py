@@ -415,8 +415,9 @@ def _write_config(file: Path, out: Path, lines: Sequence[_Laid], where: Sequence
         reached = to.get(str(table.get("name")))
         if reached is None:
             continue
+        # What only the line needs goes; what the profile says of it is overruled.
         options = table.setdefault("options", tomlkit.table())
-        for key in ("host", "port", "serial", "framing"):
+        for key in ("host", "port", "serial", "framing", "parity", "data_bits"):
             if key in options:
                 del options[key]
         for key, value in reached.items():

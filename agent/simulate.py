@@ -362,12 +362,11 @@ class Listening(msgspec.Struct, frozen=True):
 
     def options(self) -> dict[str, Value]:
         """What a device's options must say to reach it."""
-        options: dict[str, Value] = (
-            {"serial": self.path} if self.path else {"host": self.host, "port": self.port}
-        )
-        if self.framing not in ("tcp", "rtu"):
-            options["framing"] = self.framing
-        return options
+        if self.path:
+            serial: dict[str, Value] = {"serial": self.path, "parity": "none"}  # a Linux pty has none
+            return serial if self.framing == "rtu" else {**serial, "framing": "ascii", "data_bits": 8}
+        host: dict[str, Value] = {"host": self.host, "port": self.port}
+        return host if self.framing == "tcp" else {**host, "framing": self.framing}
 
 
 class Line(msgspec.Struct):
@@ -483,6 +482,7 @@ async def serve(
                 devices, framer=framer, identity=identity, port=theirs, ignore_missing_devices=True
             )
             await serial.listen()
+            await asyncio.sleep(0)  # its transport opens the port in the loop's next turn
             try:
                 yield Listening(line.framing, path=ours)
             finally:
