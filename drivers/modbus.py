@@ -13,8 +13,6 @@ Rules:
 4. An exception (a busy device too) is never a 0.
 5. A write has one effect. It is checked before it is sent, sent once, and read back; where no confirmation came, what
    reads back tells whether it took effect, and it is not sent again.
-
-Registers are numbered as the protocol does, from 0: a manual's "40001" is `table = "holding"`, `register = 0`.
 """
 
 from __future__ import annotations
@@ -23,26 +21,17 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from typing import Annotated, ClassVar, Final, Literal
+from typing import ClassVar, Final
 
 import msgspec
 from pymodbus.constants import ExcCodes
 from pymodbus.pdu import ModbusPDU, ReadCoilsRequest, ReadHoldingRegistersRequest
-from pymodbus.pdu.bit_message import (
-    ReadDiscreteInputsRequest,
-    WriteMultipleCoilsRequest,
-    WriteSingleCoilRequest,
-)
-from pymodbus.pdu.register_message import (
-    MaskWriteRegisterRequest,
-    ReadInputRegistersRequest,
-    WriteMultipleRegistersRequest,
-    WriteSingleRegisterRequest,
-)
+from pymodbus.pdu.bit_message import ReadDiscreteInputsRequest
+from pymodbus.pdu.register_message import ReadInputRegistersRequest
 
-from drivers import codec, modbus_plan
+from drivers import codec, modbus_plan, modbus_write
 from drivers.codec import Encoding
 from drivers.contract import (
     ConfigError,
@@ -56,13 +45,26 @@ from drivers.contract import (
     Value,
     ValueType,
     boot_ns,
-    engineering,
 )
-from drivers.modbus_address import Address, HostPort, SerialPort, reply_timeout_s
+from drivers.modbus_address import reply_timeout_s
 from drivers.modbus_cost import CostMeter
 from drivers.modbus_learnt import Learnt
 from drivers.modbus_line import Failure, Line, Replies, Reply, Request, line_of
-from drivers.modbus_plan import LAST_ADDRESS, MAX_BITS, MAX_REGISTERS, Block, Limits, Span, Table
+from drivers.modbus_plan import Block, Span, Table
+from drivers.modbus_table import (
+    ModbusOptions,
+    ModbusPoint,
+    address_of,
+    check_overlaps,
+    field_of,
+    hull,
+    limits_of,
+    span_of,
+    what_is_wrong,
+)
+from drivers.modbus_write import Writing, pdu_of
+
+__all__ = ["ModbusDriver", "ModbusOptions", "ModbusPoint"]
 
 _MOST_SILENT: Final = 2  #: this many requests in a row without any answer, and the device is unreachable
 _MOST_HALVES: Final = 64  #: requests for halving in one read; what is left waits for the next
@@ -71,104 +73,9 @@ _STUBBORN: Final = 3  #: a block that failed so often in a row while others were
 _MUTE: Final = 10  #: and one value that was met with silence so often is not asked for any more
 _WEIGH_EVERY: Final = 256  #: reads, until the line's cost is looked at again
 _READ_BACK_AFTER_S: Final = (0.0, 0.2, 0.5)  #: some devices show a new value a moment later
-_BROADCAST: Final = 0  #: Modbus over serial line 1.02, 2.2: nobody answers there
 _NARROWED_BY: Final = (ExcCodes.ILLEGAL_ADDRESS, ExcCodes.ILLEGAL_VALUE)
 _BUSY: Final = (ExcCodes.ACKNOWLEDGE, ExcCodes.DEVICE_BUSY)
 _BEHIND_GATEWAY: Final = (ExcCodes.GATEWAY_PATH_UNAVIABLE, ExcCodes.GATEWAY_NO_RESPONSE)
-_CONFIRMED: Final = 5  #: bytes that confirm a write: function, address, and value (5, 6) or quantity (15, 16)
-_REGISTER_BITS: Final = 16
-_RTU_DATA_BITS: Final = 8
-_ASCII_DATA_BITS: Final = 7
-
-Address16 = Annotated[int, msgspec.Meta(ge=0, le=LAST_ADDRESS)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Range = tuple[Address16, Address16]
-"""First and last address, both within."""
-
-
-class Forbidden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What must not be read, not even on the way to something else."""
-
-    holding: tuple[Range, ...] = ()
-    input: tuple[Range, ...] = ()
-    coil: tuple[Range, ...] = ()
-    discrete: tuple[Range, ...] = ()
-
-    def spans(self) -> Iterator[Span]:
-        """Raises `ConfigError`."""
-        for table in Table:
-            ranges: tuple[Range, ...] = getattr(self, table)
-            for first, last in ranges:
-                if last < first:
-                    raise ConfigError(
-                        f"options.forbidden.{table}: [{first}, {last}] ends before it begins; give [first, last]"
-                    )
-                yield Span(table, first, last - first + 1)
-
-
-class ModbusOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`host` for a network, `serial` for a port of this machine: one of the two."""
-
-    host: str | None = None
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 502
-    serial: str | None = None
-    baud: Positive = 19200  #: 19200 8E1: the standard's own default (Modbus over serial line 1.02, 2.5.1)
-    parity: Literal["none", "even", "odd"] = "even"
-    stop_bits: Literal[1, 2] = 1
-    data_bits: Literal[7, 8] | None = None  #: unset: 8; ASCII 7, its standard's own default (same, 2.5.2)
-    framing: Literal["tcp", "udp", "rtu", "ascii", "rtu_over_tcp", "ascii_over_tcp"] | None = (
-        None  #: unset: tcp with a host, rtu on a serial port
-    )
-    unit: Annotated[int, msgspec.Meta(ge=0, le=255)] = 1
-    timeout_ms: Positive | None = (
-        None  #: for one request; unset: 1000 on a network, by baud and length on a serial line
-    )
-    latest_reply_ms: Positive | None = None  #: RTU, ASCII: no reply comes later; unset: twice the timeout
-    connect_timeout_ms: Positive = 3000
-    max_registers: Annotated[int, msgspec.Meta(ge=1, le=MAX_REGISTERS)] = MAX_REGISTERS
-    max_bits: Annotated[int, msgspec.Meta(ge=1, le=MAX_BITS)] = MAX_BITS
-    max_gap: Annotated[int, msgspec.Meta(ge=0, le=MAX_REGISTERS)] | None = None  #: unset: by the line's cost
-    forbidden: Forbidden = Forbidden()
-    order: str = "ABCD"  #: of points that do not say their own
-    write_single: bool = True  #: functions 5 and 6 for one coil or register; else 15 and 16
-    write_bits: Literal["mask", "rewrite"] | None = (
-        None  #: how a part of a register is written: function 22, or read, change, write; unset: not at all
-    )
-
-
-class ModbusPoint(Point, frozen=True, kw_only=True):
-    """A value in one of the device's four tables."""
-
-    register: Address16  #: from 0, as on the wire; in a table of bits: the coil's or input's number
-    table: Table = Table.HOLDING
-    type: ValueType = ValueType.U16  #: as it travels; in a table of bits, and with `bit` alone: always a bool
-    encoding: Encoding | None = None  #: how the registers hold it, where not simply as `type`
-    order: str | None = None
-    bit: Annotated[int, msgspec.Meta(ge=0, le=31)] | None = None  #: of the register, 0 the lowest
-    bits: Annotated[int, msgspec.Meta(ge=1, le=32)] | None = None  #: of a bit-field, from `bit` up
-    length: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_REGISTERS)] | None = None  #: of a str: its bytes
-    scale_register: Address16 | None = None  #: holds an exponent of 10 (i16), as SunSpec's scale factors do
-    register_not_available: tuple[int, ...] = ()  #: `not_available` of a point with `scale_register`
-    utc_offset_min: Annotated[int, msgspec.Meta(ge=-1440, le=1440)] = 0  #: of a date: its clock less UTC
-    overlap: bool = False  #: it shares registers with another point, and that is meant
-    writable: bool = False
-    read_back: bool = True  #: of a written point; false for a command register that reads otherwise
-
-    def __post_init__(self) -> None:
-        put = msgspec.structs.force_setattr
-        if self.type is ValueType.U16:
-            if self.table.of_bits or (self.bit is not None and self.bits is None):
-                put(self, "type", ValueType.BOOL)
-            elif self.scale_register is not None:
-                put(self, "type", ValueType.F64)
-            elif self.encoding in codec.INSTANTS:
-                put(self, "type", ValueType.I64)
-            elif self.bits is not None and self.bits > _REGISTER_BITS:
-                put(self, "type", ValueType.U32)
-        if self.scale_register is not None and self.not_available:
-            # What the registers hold for "no value" is told before it is scaled, and judged there.
-            put(self, "register_not_available", (*self.register_not_available, *map(int, self.not_available)))
-            put(self, "not_available", ())
 
 
 class _Work(msgspec.Struct, frozen=True):
@@ -219,15 +126,6 @@ class _Pass(msgspec.Struct):
     lost: bool = False  #: the line, half-way
 
 
-class _Writing(msgspec.Struct, frozen=True):
-    """A write: the request's PDU, the confirmation it must get, and what it must read back as."""
-
-    value: Value
-    pdu: bytes
-    confirmation: bytes
-    expected: Value
-
-
 class _Node(msgspec.Struct):
     """A refused block that was halved."""
 
@@ -246,16 +144,13 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
 
     def __init__(self, name: str, options: ModbusOptions, points: Sequence[ModbusPoint]) -> None:
         super().__init__(name, options, points)
-        self._address = _address_of(options)
-        self._limits = Limits(
-            max_registers=options.max_registers,
-            max_bits=options.max_bits,
-            max_gap=options.max_gap,
-            forbidden=tuple(options.forbidden.spans()),
-        )
+        self._address = address_of(options)
+        self._limits = limits_of(options)
         for point in self.points:
-            self._check(point)
-        _check_overlaps(self.points, [self._span_of(point) for point in self.points])
+            wrong = what_is_wrong(point, options.order, self._limits)
+            if wrong is not None:
+                raise ConfigError(f"point {point.name!r}: {wrong}")
+        check_overlaps(self.points)
         self.now_s: Callable[[], float] = time.monotonic  #: for trials of what is refused
         self._learnt = Learnt(f"{options.serial or f'{options.host}:{options.port}'} unit {options.unit}")
         self._cost = CostMeter(self._address).cost
@@ -315,7 +210,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         line = self._line
         if line is None:
             raise DeviceUnreachable("not connected")
-        _allow(point, value)
+        modbus_write.allow(point, value)
         writing = await self._writing(line, point, value)
         request = self._request(writing.pdu, writing.confirmation, len(writing.confirmation))
         # From here on it may take effect, and it is sent no second time. (Where this raises, it was not sent.)
@@ -332,7 +227,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             await self._read_back(line, point, writing, unconfirmed)
         elif unconfirmed:
             raise DeviceUnreachable(
-                _unknown(point, writing, unconfirmed, "read_back = false"), _reason_of(reply)
+                modbus_write.unknown(point, writing, unconfirmed, "read_back = false"), _reason_of(reply)
             )
 
     # ------------------------------------------------------------------------------------ reading
@@ -582,19 +477,19 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
 
     def _ask(self, points: tuple[ModbusPoint, ...]) -> _Asked:
         learnt = self._learnt
-        spans = [self._span_of(point) for point in points]
-        fields = [self._field(point) for point in points]
+        spans = [span_of(point) for point in points]
+        fields = [field_of(point, self.options.order) for point in points]
         pairs: list[_Pair] = []
         whole: list[Span] = []
         for i, point in enumerate(points):
             if point.scale_register is None:
                 continue
             # Number and exponent in one request are of one moment.
-            hull = _hull(spans[i], point.scale_register)
-            if hull in learnt.refused:
-                whole.append(hull)
-            elif hull.count <= self._limits.max_registers and self._limits.forbids(hull) is None:
-                spans[i] = hull
+            both = hull(spans[i], point.scale_register)
+            if both in learnt.refused:
+                whole.append(both)
+            elif both.count <= self._limits.max_registers and self._limits.forbids(both) is None:
+                spans[i] = both
                 continue
             pairs.append(_Pair(i, len(spans), fields[i]))
             order = "BA" if codec.swaps_bytes(fields[i].order) else "AB"
@@ -621,69 +516,6 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         ) and not (pairs or whole)
         return asked
 
-    def _check(self, point: ModbusPoint) -> None:
-        """Raises `ConfigError` for a point that no request can read."""
-        wrong = self._what_is_wrong(point)
-        if wrong is not None:
-            raise ConfigError(f"point {point.name!r}: {wrong}")
-
-    def _what_is_wrong(self, point: ModbusPoint) -> str | None:
-        if point.table.of_bits:
-            if point.type is not ValueType.BOOL:
-                return f"type: a {point.table} is a bool, not {point.type}"
-            for key in ("bit", "bits", "length", "encoding", "scale_register"):
-                if getattr(point, key) is not None:
-                    return f"{key}: a {point.table} is one bit already; remove it"
-        else:
-            wrong = codec.what_is_wrong(self._field(point))
-            if wrong is not None:
-                return wrong
-            if point.type is not ValueType.STR and point.length is not None and point.encoding is None:
-                return "length: needed by a str, and only there; remove it"
-        if point.utc_offset_min and point.encoding not in codec.DATES:
-            return "utc_offset_min: only dates have a time zone; remove it"
-        if point.register_not_available and point.scale_register is None:
-            return "register_not_available: only with a scale_register; say not_available"
-        if point.writable and point.table in (Table.INPUT, Table.DISCRETE):
-            return f"writable: a {point.table} is read only; remove it, or see whether it is in another table"
-        span = self._span_of(point)
-        if span.end - 1 > LAST_ADDRESS:
-            return f"register: {point.register} and {span.count - 1} more go beyond {LAST_ADDRESS}"
-        longest = self._limits.longest(point.table)
-        if span.count > longest:
-            return f"takes {span.count} registers, and max_registers is {longest}; a value is never read in parts"
-        spans = [span]
-        if point.scale_register is not None:
-            if span.first <= point.scale_register < span.end:
-                return "scale_register: lies within the value itself"
-            spans.append(Span(point.table, point.scale_register))
-        for each in spans:
-            range_ = self._limits.forbids(each)
-            if range_ is not None:
-                return (
-                    f"register: {each.first} is in options.forbidden.{point.table} "
-                    f"[{range_.first}, {range_.end - 1}]; remove the point or the range"
-                )
-        return None
-
-    def _span_of(self, point: ModbusPoint) -> Span:
-        count = 1 if point.table.of_bits else self._field(point).registers
-        return Span(point.table, point.register, count)
-
-    def _field(self, point: ModbusPoint) -> codec.Field:
-        return codec.Field(
-            at=2 * point.register,
-            type=point.type,
-            order=point.order or self.options.order,
-            encoding=point.encoding,
-            bit=point.bit,
-            bits=point.bits,
-            length=point.length or 0,
-            scale_at=None if point.scale_register is None else 2 * point.scale_register,
-            not_available=point.register_not_available,
-            utc_offset_min=point.utc_offset_min,
-        )
-
     def _work(self, asked: _Asked, block: Block) -> _Work:
         members = block.members
         decoder: codec.RegisterDecoder | codec.BitDecoder
@@ -709,13 +541,13 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
     async def _ask_one(self, line: Line, request: Request) -> Reply:
         return (await line.exchange([request])).replies[0]
 
-    async def _writing(self, line: Line, point: ModbusPoint, value: Value) -> _Writing:
+    async def _writing(self, line: Line, point: ModbusPoint, value: Value) -> Writing:
         """Reads the device where what is written depends on what is there. Raises `PointRefused`,
         `DeviceUnreachable`: nothing was written."""
         try:
             if point.table is Table.COIL:
-                return _switching(point, value, single=self.options.write_single)
-            field = self._field(point).moved(-2 * point.register)
+                return modbus_write.switching(point, value, single=self.options.write_single)
+            field = field_of(point, self.options.order).moved(-2 * point.register)
             expected = value
             if codec.is_part(field):
                 if self.options.write_bits is None:
@@ -725,10 +557,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                     )
                 masks = codec.masks(value, field)
                 if self.options.write_bits == "mask":
-                    return _masking(point, value, masks, field)
-                data = codec.encode_part(
-                    value, field, await self._registers(line, point, self._span_of(point))
-                )
+                    return modbus_write.masking(point, value, masks, field)
+                data = codec.encode_part(value, field, await self._registers(line, point, span_of(point)))
             elif point.scale_register is not None:
                 held = await self._registers(line, point, Span(point.table, point.scale_register))
                 exponent = int.from_bytes(
@@ -741,11 +571,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                 expected = value if held_as is None else held_as
         except ValueError as err:
             raise PointRefused(point.name, str(err)) from err
-        registers = [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)]
-        single = len(registers) == 1 and self.options.write_single
-        kind = WriteSingleRegisterRequest if single else WriteMultipleRegistersRequest
-        pdu = _pdu(kind(address=point.register, registers=registers))
-        return _Writing(value, pdu, pdu[:_CONFIRMED], expected)
+        return modbus_write.whole(point, value, data, expected, single=self.options.write_single)
 
     async def _registers(self, line: Line, point: ModbusPoint, span: Span) -> bytes:
         """What stands there now. Raises `PointRefused`, `DeviceUnreachable`."""
@@ -758,7 +584,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             f"{point.name}: no answer ({reply.reason.name.lower()}); nothing was written", reply.reason
         )
 
-    async def _read_back(self, line: Line, point: ModbusPoint, writing: _Writing, unconfirmed: str) -> None:
+    async def _read_back(self, line: Line, point: ModbusPoint, writing: Writing, unconfirmed: str) -> None:
         """Raises `PointRefused` where another value stands there, `DeviceUnreachable` where it cannot be told."""
         asked = self._ask((point,))
         found: Value | None = None
@@ -781,11 +607,13 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                     "there; if that is its nature, say read_back = false",
                 )
             found, reason = reading.values[0], reading.reasons.get(0)
-            if found is not None and _sticks(writing.expected, found):
+            if found is not None and modbus_write.sticks(writing.expected, found):
                 return
         if found is None:
             why = (reason or Reason.DECODE).name.lower()
-            raise DeviceUnreachable(_unknown(point, writing, unconfirmed, why), reason or Reason.DECODE)
+            raise DeviceUnreachable(
+                modbus_write.unknown(point, writing, unconfirmed, why), reason or Reason.DECODE
+            )
         if unconfirmed:
             raise PointRefused(
                 point.name,
@@ -793,64 +621,6 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                 "written, and it was not sent again",
             )
         raise PointRefused(point.name, f"wrote {writing.value!r}, but it reads back as {found!r}")
-
-
-def _unknown(point: ModbusPoint, writing: _Writing, unconfirmed: str, why: str) -> str:
-    sent = f"no confirmation ({unconfirmed})" if unconfirmed else "the device confirmed the write"
-    return (
-        f"{point.name}: {sent}, and it cannot be read back ({why}): whether {writing.value!r} was written is not "
-        "known, and it was not sent again"
-    )
-
-
-def _allow(point: ModbusPoint, value: Value) -> None:
-    """Raises `PointRefused` for what the configuration does not let be written."""
-    if point.table in (Table.INPUT, Table.DISCRETE):
-        raise PointRefused(point.name, f"a {point.table} is read only")
-    if not point.writable:
-        raise PointRefused(point.name, "not writable; if it is to be, say so in its table: writable = true")
-    if isinstance(value, bool | str):
-        return
-    shown = engineering(value, point.scale, point.offset)
-    if not math.isfinite(shown):
-        raise PointRefused(point.name, f"{value!r} is not a number")
-    low = -math.inf if point.valid_min is None else point.valid_min
-    high = math.inf if point.valid_max is None else point.valid_max
-    if not low <= shown <= high:
-        raise PointRefused(point.name, f"{shown:g} is outside valid_min..valid_max ({low:g}..{high:g})")
-    if point.one_of is not None and shown not in point.one_of:
-        raise PointRefused(point.name, f"{shown:g} is not one of {', '.join(f'{n:g}' for n in point.one_of)}")
-    if value in point.not_available:
-        raise PointRefused(point.name, f"{value!r} is the device's code for no value (not_available)")
-
-
-def _switching(point: ModbusPoint, value: Value, *, single: bool) -> _Writing:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is not true or false")
-    kind = WriteSingleCoilRequest if single else WriteMultipleCoilsRequest
-    pdu = _pdu(kind(address=point.register, bits=[value]))
-    return _Writing(value, pdu, pdu[:_CONFIRMED], value)
-
-
-def _masking(point: ModbusPoint, value: Value, masks: tuple[int, int], field: codec.Field) -> _Writing:
-    """Function 22: what stands there AND the first mask, OR the second (Modbus application protocol 1.1b3, 6.16)."""
-    if field.registers > 1:
-        raise ValueError("two registers are not written by one mask; say write_bits = 'rewrite'")
-    clear, put = (_swapped(mask) if codec.swaps_bytes(field.order) else mask for mask in masks)
-    pdu = _pdu(MaskWriteRegisterRequest(address=point.register, and_mask=0xFFFF & ~clear, or_mask=put))
-    return _Writing(value, pdu, pdu, value)  # confirmed by an echo of all of it
-
-
-def _swapped(register: int) -> int:
-    return register >> 8 | (register & 0xFF) << 8
-
-
-def _sticks(expected: Value, found: Value) -> bool:
-    """Whether what reads back is what was written, as the registers can hold it. A device may keep a float with fewer
-    digits than it was sent."""
-    if isinstance(expected, float) and isinstance(found, float):
-        return math.isclose(expected, found, rel_tol=1e-6)
-    return expected == found
 
 
 def _the_same(points: Sequence[ModbusPoint], others: Sequence[ModbusPoint]) -> bool:
@@ -882,75 +652,11 @@ def _reason_of(reply: Reply) -> Reason:
     return Reason.BEHIND_GATEWAY if reply.code in _BEHIND_GATEWAY else reply.reason
 
 
-def _address_of(options: ModbusOptions) -> Address:
-    """Raises `ConfigError`."""
-    if (options.host is None) == (options.serial is None):
-        raise ConfigError("options: give either host (Modbus TCP) or serial (a port such as /dev/ttyUSB0)")
-    framing = options.framing
-    address: Address
-    if options.serial is not None:
-        if framing is None or framing == "rtu":
-            if options.data_bits == _ASCII_DATA_BITS:
-                raise ConfigError(
-                    "options: data_bits: RTU needs 8, its bytes use all of them; 7 is for ASCII"
-                )
-            framing = "rtu"
-        elif framing != "ascii":
-            raise ConfigError(f"options: framing {framing!r} needs a host; a serial port speaks rtu or ascii")
-        data_bits = options.data_bits or (_ASCII_DATA_BITS if framing == "ascii" else _RTU_DATA_BITS)
-        parity = options.parity[0].upper()
-        address = SerialPort(options.serial, options.baud, parity, options.stop_bits, data_bits, framing)
-    else:
-        assert options.host is not None  # noqa: S101 - one of the two, as just checked
-        if framing == "rtu" or framing == "ascii":
-            raise ConfigError(
-                f"options: framing {framing!r} needs serial; for a serial line behind a host: '{framing}_over_tcp'"
-            )
-        address = HostPort(options.host, options.port, framing or "tcp")
-    if options.unit == _BROADCAST and not (isinstance(address, HostPort) and address.has_transactions):
-        raise ConfigError(
-            "options: unit: 0 is everybody's address on a serial line, and nobody answers there; give the unit's own"
-        )
-    return address
-
-
-def _hull(span: Span, address: int) -> Span:
-    """The span, up to an address beside it."""
-    first, end = min(span.first, address), max(span.end, address + 1)
-    return Span(span.table, first, end - first)
-
-
-def _check_overlaps(points: Sequence[ModbusPoint], spans: Sequence[Span]) -> None:
-    """Two points on the very same registers are two views of them, and so is a bit or a bit-field of another point's
-    register. All else that shares a register is a slip in the table. Raises `ConfigError`."""
-    open_: list[int] = []  # those that reach farthest, in order of their ends
-    views = [point.overlap or point.bit is not None or point.table.of_bits for point in points]
-    plain = [i for i, view in enumerate(views) if not view]
-    for i in sorted(plain, key=lambda i: (spans[i].table, spans[i].first, spans[i].count)):
-        span = spans[i]
-        for other in open_:
-            theirs = spans[other]
-            if theirs.table is span.table and theirs.end > span.first and theirs != span:
-                one, two = sorted((i, other))
-                shared = f"{max(span.first, theirs.first)}-{min(span.end, theirs.end) - 1}"
-                raise ConfigError(
-                    f"point {points[two].name!r}: register: shares registers {shared} with point "
-                    f"{points[one].name!r} ({points[one].type} at {points[one].register}); correct the register or "
-                    "the type of one, or, if that is meant, say overlap = true"
-                )
-        if not open_ or spans[open_[0]].table is not span.table or span.end > spans[open_[0]].end:
-            open_ = [i]
-
-
 def _reading(table: Table, first: int, count: int) -> tuple[bytes, bytes, int]:
     """A read's PDU, the head of its reply, and the reply's size."""
-    pdu = _pdu(_READS[table](address=first, count=count))
+    pdu = pdu_of(_READS[table](address=first, count=count))
     data = (count + 7) // 8 if table.of_bits else 2 * count
     return pdu, bytes([pdu[0], data]), 2 + data
-
-
-def _pdu(request: ModbusPDU) -> bytes:
-    return bytes([request.function_code]) + request.encode()
 
 
 def _words(code: int) -> str:
