@@ -26,6 +26,7 @@ import inspect
 import math
 import os
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -113,7 +114,23 @@ def lacks(check: Check, subject: Subject) -> str | None:
 
 
 async def building_opens_nothing(subject: Subject) -> None:
-    """`__init__` keeps the configuration and does no IO: `config check` builds every device of a file."""
+    """`__init__` keeps the configuration and does no IO: `config check` builds every device of a file, with no event
+    loop running."""
+    trouble: list[BaseException] = []
+
+    def without_loop() -> None:
+        try:
+            subject.build()
+        except BaseException as err:  # noqa: BLE001 - told below
+            trouble.append(err)
+
+    thread = threading.Thread(target=without_loop)
+    thread.start()
+    thread.join()
+    _must(
+        not trouble,
+        f"a driver could not be built with no event loop running: {trouble[:1]}; make it in connect",
+    )
     tasks, files = asyncio.all_tasks(), open_files()
     driver = subject.build()
     _must(asyncio.all_tasks() <= tasks, "building a driver started a task; start it in connect")

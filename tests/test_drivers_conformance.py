@@ -72,6 +72,7 @@ PLANTED: list[tuple[type[SoundMeter | SoundListener], Check, str]] = [
     (fake.IgnoresTheCheck, C.a_fault_gives_no_wrong_value, "under 'garbled'"),
     (fake.TakesALateAnswer, C.a_fault_gives_no_wrong_value, "'late'"),
     (fake.OpensWhenBuilt, C.building_opens_nothing, "opened a file"),
+    (fake.NeedsALoopToBeBuilt, C.building_opens_nothing, "no event loop"),
     (fake.ClaimsWhatItFinds, C.its_line_is_told_by_its_configuration, "changed with connect"),
     (fake.TrustsWhatItRemembers, C.what_it_remembers_may_be_lost_or_damaged, "recall of"),
     (fake.RemembersAgainAndAgain, C.what_it_remembers_may_be_lost_or_damaged, "told the same again"),

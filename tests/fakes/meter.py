@@ -447,6 +447,12 @@ class OpensWhenBuilt(SoundMeter):
         await super().close()
 
 
+class NeedsALoopToBeBuilt(SoundMeter):
+    def __init__(self, name: str, options: MeterOptions, points: Sequence[Point]) -> None:
+        super().__init__(name, options, points)
+        self.clock = asyncio.get_event_loop().time
+
+
 class ClaimsWhatItFinds(SoundMeter):
     def line(self) -> LineClaim | None:
         return LineClaim("found" if self.writer is not None else "not yet known", "plain")

@@ -1,0 +1,1 @@
+"""The Headgate driver pms5003."""
