@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import textwrap
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from click.testing import CliRunner
 
 from agent.cli import main
 from agent.configuration import check
-from drivers import profiles
+from drivers import profiles, registry
 from drivers.contract import ConfigError
 from drivers.profiles import Mark
 
@@ -391,3 +393,34 @@ def test_the_command_checks_a_file_wherever_it_lies(tmp_path: Path, folder: Path
     said = CliRunner().invoke(main, ["profiles", "--check", str(file), "--json"])
     assert said.exit_code == 1
     assert "power" in json.loads(said.stdout)["error"]
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_pages_profile_and_its_child_are_accepted_as_they_stand(write: Write) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "profiles.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    described = [block for block in blocks if "[profile]" in block]
+    assert len(described) == 2
+    write("acme-m1", described[0])
+    profiles.check(profiles.load("acme-m1"))
+    write("acme-m1", described[0] + '\n[[point]]\nname = "power"\nregister = 9\n')
+    write("acme-m2", described[1])
+    profiles.check(profiles.load("acme-m2"))
+    devices = [block for block in blocks if "[[device]]" in block]
+    for block in devices:
+        (device,) = tomllib.loads(block)["device"]
+        profile = profiles.load(device["profile"])
+        options, points = profiles.merge(
+            profile, device["options"], device.get("point", []), device.get("only")
+        )
+        registry.build(device["name"], profile.driver, options, points)
+
+
+def test_the_page_speaks_of_every_command_and_option_it_names() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "profiles.md").read_text()
+    for command in ("profiles", "simulate"):
+        helped = CliRunner().invoke(main, [command, "--help"]).output
+        for option in re.findall(rf"headgate {command} [^\n`]*?(--[a-z-]+)", page):
+            assert option in helped
