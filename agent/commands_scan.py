@@ -85,12 +85,12 @@ def modbus(
     A serial port is searched at the six commonest settings, low addresses first; once a device answered, only at its
     setting. An estimate is shown first. Ctrl-C ends the search and shows what was found (exit 130).
     """
-    wanted = _Wanted(
+    wanted = Wanted(
         ports=ports, hosts=hosts, networks=networks, tcp_port=tcp_port, units=units, bauds=bauds,
         parities=tuple(technician.parity_letter(word) for word in parities), stop_bits=stop_bits,
         turnaround_s=_FAST_S if fast else _SLOW_S if slow else _TURNAROUND_S, low_units=fast, full=full, first=first,
     )  # fmt: skip
-    technician.run(_run(way, as_json=as_json, searches=[lambda search: _modbus(search, wanted)]))
+    technician.run(search_all(way, as_json=as_json, searches=[lambda search: search_modbus(search, wanted)]))
 
 
 @scan.command(epilog=EXITS)
@@ -108,7 +108,7 @@ def serial(way: Way, ports: tuple[str, ...], seconds: float, *, ask: bool, as_js
     Listens without sending anything, at the likely speeds; with --ask also asks gently.
     """
     technician.run(
-        _run(way, as_json=as_json, searches=[lambda search: _serial(search, ports, seconds, ask=ask)])
+        search_all(way, as_json=as_json, searches=[lambda search: _serial(search, ports, seconds, ask=ask)])
     )
 
 
@@ -117,7 +117,7 @@ def serial(way: Way, ports: tuple[str, ...], seconds: float, *, ask: bool, as_js
 @click.option("--seconds", type=click.FloatRange(1, 600), default=20.0, show_default=True, help="To listen.")
 def ble(way: Way, seconds: float, *, as_json: bool) -> None:
     """Bluetooth sensors in reach, with what they say now."""
-    technician.run(_run(way, as_json=as_json, searches=[lambda search: _ble(search, seconds)]))
+    technician.run(search_all(way, as_json=as_json, searches=[lambda search: _ble(search, seconds)]))
 
 
 @scan.command("all", epilog=EXITS)
@@ -126,19 +126,19 @@ def ble(way: Way, seconds: float, *, as_json: bool) -> None:
 @click.option("--seconds", type=click.FloatRange(1, 600), default=10.0, show_default=True, help="To listen.")
 def everything(way: Way, networks: tuple[str, ...], seconds: float, *, as_json: bool) -> None:
     """Serial ports, Modbus on each of them (and on a network, if named), and Bluetooth."""
-    wanted = _Wanted(networks=networks, turnaround_s=_TURNAROUND_S, tcp_port=502, low_units=True)
-    searches: list[_SearchFor] = [
+    wanted = Wanted(networks=networks, turnaround_s=_TURNAROUND_S, tcp_port=502, low_units=True)
+    searches: list[SearchFor] = [
         lambda search: _serial(search, (), min(seconds, 3.0), ask=False),
-        lambda search: _modbus(search, wanted),
+        lambda search: search_modbus(search, wanted),
         lambda search: _ble(search, seconds),
     ]
-    technician.run(_run(way, as_json=as_json, searches=searches))
+    technician.run(search_all(way, as_json=as_json, searches=searches))
 
 
 # ---------------------------------------------------------------------------------------- the frame
 
 
-class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What of Modbus is searched."""
 
     ports: tuple[str, ...] = ()
@@ -155,7 +155,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
     first: bool = False
 
 
-class _Search:
+class Search:
     """A scan under way: where it asks, what it has found, what could not be searched and why."""
 
     def __init__(self, field: Field, way: Way, *, silent: bool) -> None:
@@ -191,15 +191,15 @@ class _Search:
         self.tell(technician.cut(f"found: {device.where}: {device.what}"))
 
 
-_SearchFor = Callable[[_Search], Coroutine[Any, Any, None]]
+SearchFor = Callable[[Search], Coroutine[Any, Any, None]]
 
 
-async def _run(way: Way, *, as_json: bool, searches: Sequence[_SearchFor]) -> int:
+async def search_all(way: Way, *, as_json: bool, searches: Sequence[SearchFor]) -> int:
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     stopped = False
     async with way.field() as field:
-        search = _Search(field, way, silent=as_json)
+        search = Search(field, way, silent=as_json)
         for one in searches:
             try:
                 await one(search)
@@ -231,7 +231,7 @@ async def _run(way: Way, *, as_json: bool, searches: Sequence[_SearchFor]) -> in
     return technician.STOPPED if stopped else technician.OK if search.found else technician.TROUBLE
 
 
-def _told(search: _Search, took_s: float, *, stopped: bool) -> dict[str, object]:
+def _told(search: Search, took_s: float, *, stopped: bool) -> dict[str, object]:
     return {
         "found": [
             {
@@ -247,7 +247,7 @@ def _told(search: _Search, took_s: float, *, stopped: bool) -> dict[str, object]
     }  # fmt: skip
 
 
-def _show(search: _Search, took_s: float, *, stopped: bool) -> None:
+def _show(search: Search, took_s: float, *, stopped: bool) -> None:
     devices = search.found
     word = "stopped" if stopped else "done"
     count = f"{len(devices)} found" if devices else "nothing found"
@@ -297,7 +297,7 @@ def _next_steps(number: int, one: FoundDevice) -> list[str]:
 # ------------------------------------------------------------------------------------------- modbus
 
 
-async def _modbus(search: _Search, wanted: _Wanted) -> None:
+async def search_modbus(search: Search, wanted: Wanted) -> None:
     hosts = _hosts(wanted)
     if not hosts and not wanted.ports:
         ports = await _all_ports(search)
@@ -313,7 +313,7 @@ async def _modbus(search: _Search, wanted: _Wanted) -> None:
         await _scan_hosts(search, wanted, hosts)
 
 
-def _hosts(wanted: _Wanted) -> list[HostPort]:
+def _hosts(wanted: Wanted) -> list[HostPort]:
     """Raises `Cannot`."""
     found: dict[HostPort, None] = {}
     for host in wanted.hosts:
@@ -332,7 +332,7 @@ def _hosts(wanted: _Wanted) -> list[HostPort]:
     return list(found)
 
 
-async def _all_ports(search: _Search) -> list[str]:
+async def _all_ports(search: Search) -> list[str]:
     from drivers.serial_port import present_ports
 
     present = await asyncio.to_thread(present_ports)
@@ -348,7 +348,7 @@ class _Hit(msgspec.Struct, frozen=True):
     reply: Reply
 
 
-async def _scan_ports(search: _Search, wanted: _Wanted, ports: Sequence[str]) -> None:
+async def _scan_ports(search: Search, wanted: Wanted, ports: Sequence[str]) -> None:
     held = {one.claim.key: one for one in await search.field.lines()}
     units = _units(wanted.units, low=wanted.low_units)
     chosen = plan.settings_of(wanted.bauds, wanted.parities, wanted.stop_bits, full=wanted.full)
@@ -398,7 +398,7 @@ def _units(text: str | None, *, low: bool) -> list[int]:
 
 
 def _settings_of_held(
-    search: _Search, port: str, chosen: list[Setting], held: dict[str, LineInUse]
+    search: Search, port: str, chosen: list[Setting], held: dict[str, LineInUse]
 ) -> list[Setting]:
     """A line that the agent holds is searched at its own setting only."""
     line = held.get(SerialPort(port, 9600, "N", 1).key)
@@ -417,7 +417,7 @@ def _settings_of_held(
 
 
 async def _sweep_port(
-    search: _Search, port: str, sweep: plan.Sweep, hits: list[_Hit], rest_s: float, *, first: bool
+    search: Search, port: str, sweep: plan.Sweep, hits: list[_Hit], rest_s: float, *, first: bool
 ) -> None:
     """Ask one after the other. Raises what says that the port itself cannot be used."""
     progress = search.begin(sweep.left_s())
@@ -448,7 +448,7 @@ async def _sweep_port(
                 return
 
 
-async def _ask_for_anything(search: _Search, address: Address, unit: int, timeout_s: float) -> Reply:
+async def _ask_for_anything(search: Search, address: Address, unit: int, timeout_s: float) -> Reply:
     """Read holding register 0: every Modbus device has an answer to that, if only an exception."""
     request = technician.reading(address, unit, Table.HOLDING, 0, 1, timeout_s=timeout_s)
     # The reply names its unit, and the next request is to another: no need to wait for a late one.
@@ -470,7 +470,7 @@ def _heard(reply: Reply) -> Heard:
 # --------------------------------------------------------------------------------------------- hosts
 
 
-async def _scan_hosts(search: _Search, wanted: _Wanted, hosts: Sequence[HostPort]) -> None:
+async def _scan_hosts(search: Search, wanted: Wanted, hosts: Sequence[HostPort]) -> None:
     single = len(hosts) == 1 and not wanted.networks
     rounds = -(-len(hosts) // _AT_ONCE)
     # The slowest host takes the connection and is silent to each unit; most refuse at once.
@@ -526,7 +526,7 @@ async def _all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _ask_host(search: _Search, host: HostPort, silent: list[HostPort], *, tell: bool) -> _Hit | None:
+async def _ask_host(search: Search, host: HostPort, silent: list[HostPort], *, tell: bool) -> _Hit | None:
     """Who answers there. A host that is silent as Modbus TCP is tried as a serial line behind it, if it is the only
     one asked."""
     framings: tuple[HostPort, ...] = (host,)
@@ -551,9 +551,7 @@ async def _ask_host(search: _Search, host: HostPort, silent: list[HostPort], *, 
     return None
 
 
-async def _units_behind(
-    search: _Search, wanted: _Wanted, hits: list[_Hit], silent: Sequence[HostPort]
-) -> None:
+async def _units_behind(search: Search, wanted: Wanted, hits: list[_Hit], silent: Sequence[HostPort]) -> None:
     """A gateway has many units: asked one after the other, on all gateways at once."""
     asked: list[tuple[Address, int]] = [(hit.address, hit.unit) for hit in hits if _is_gateway(hit.reply)]
     if wanted.units is not None:
@@ -599,7 +597,7 @@ def _is_gateway(reply: Reply) -> bool:
 # ------------------------------------------------------------------------------------ what it is
 
 
-async def _identify_all(search: _Search, hits: Sequence[_Hit]) -> None:
+async def _identify_all(search: Search, hits: Sequence[_Hit]) -> None:
     """Ask each what it is. Stopped in between, those that are left are told by their address alone."""
     stopped = False
     for hit in hits:
@@ -629,7 +627,7 @@ def _plain(hit: _Hit) -> FoundDevice:
     )  # fmt: skip
 
 
-async def _identified(search: _Search, hit: _Hit) -> FoundDevice:
+async def _identified(search: Search, hit: _Hit) -> FoundDevice:
     """Identification, SunSpec, and the marks of the profiles."""
     from drivers import profiles, sunspec
 
@@ -730,7 +728,7 @@ async def _by_marks(field: Field, hit: _Hit) -> list[str]:
 # -------------------------------------------------------------------------------- serial, Bluetooth
 
 
-async def _serial(search: _Search, ports: Sequence[str], seconds: float, *, ask: bool) -> None:
+async def _serial(search: Search, ports: Sequence[str], seconds: float, *, ask: bool) -> None:
     from agent.listen import survey_port
     from drivers.serial_port import PortInfo, present_ports
 
@@ -751,7 +749,7 @@ async def _serial(search: _Search, ports: Sequence[str], seconds: float, *, ask:
             search.take(FoundDevice(what=one.description, where=str(port), found=one))
 
 
-async def _ble(search: _Search, seconds: float) -> None:
+async def _ble(search: Search, seconds: float) -> None:
     from drivers.ble_survey import survey
 
     progress = search.begin(seconds)
