@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -245,7 +246,7 @@ class ControlServer:
     async def open(self) -> None:
         """Raises `OSError`."""
         listener = _listening(self._folder)
-        self._server = await asyncio.start_unix_server(self._came, sock=listener, limit=2 * _LENGTH.size)
+        self._server = await asyncio.start_unix_server(self._came, sock=listener, limit=65_536)
 
     async def close(self) -> None:
         """Nobody comes in any more, and who is in is shown out."""
@@ -303,6 +304,7 @@ class _Client:
         """Until it goes away. Raises `IncompleteReadError` then; `DecodeError` for what is no message of ours."""
         await self._say(Hello(VERSION, os.getpid()))
         while True:
+            await asyncio.sleep(0)  # who sends a thousand calls at once gets no thousand turns at once
             message = _decode_from_client(await _received(self._reader, _MAX_REQUEST))
             if isinstance(message, Cancel):
                 task = self._calls.get(message.id)
@@ -314,7 +316,13 @@ class _Client:
                     Fault(message.id, "field", f"at most {_MAX_CALLS} calls at once, each with its own id")
                 )
                 continue
-            self._calls[message.id] = asyncio.create_task(self._call(message), name=f"control[{self._name}]")
+            task = asyncio.create_task(self._call(message), name=f"control[{self._name}]")
+            self._calls[message.id] = task
+            # Not at the end of `_call`: who is cancelled before it began never gets there.
+            task.add_done_callback(functools.partial(self._forget, message.id))
+
+    def _forget(self, number: int, _: asyncio.Task[None]) -> None:
+        self._calls.pop(number, None)
 
     def close(self) -> None:
         for task in self._calls.values():
@@ -338,8 +346,6 @@ class _Client:
             await self._say(answer)
         except (OSError, TimeoutError):
             self._writer.transport.abort()  # it went away, or takes nothing; `serve` ends with it
-        finally:
-            self._calls.pop(call.id, None)
 
     async def _done(self, call: int, op: Op) -> msgspec.Raw:
         host = self._host

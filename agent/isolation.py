@@ -120,7 +120,7 @@ class Close(msgspec.Struct, frozen=True, tag="close", array_like=True):
 
 class Done(msgspec.Struct, frozen=True, tag="done", array_like=True):
     id: int
-    body: msgspec.Raw | None = None
+    body: msgspec.Raw = msgspec.Raw(b"\xc0")  #: nil
 
 
 class Scanned(msgspec.Struct, frozen=True, tag="scan", array_like=True):
@@ -345,7 +345,7 @@ class _Child:
             if len(buffer) < end:
                 break
             try:
-                self._heard(_decode(memoryview(buffer)[at + LENGTH.size : end]))
+                self._heard(_decode(bytes(buffer[at + LENGTH.size : end])))
             except msgspec.DecodeError as err:
                 self._lost(f"its process sent what is no message: {err}")
                 self.process.kill()
@@ -467,7 +467,7 @@ class _StandIn:
             raise
         except DriverProcessDied as err:
             raise DeviceUnreachable(str(err), Reason.DRIVER) from err
-        if not isinstance(done, Done) or done.body is None:
+        if not isinstance(done, Done):
             raise DeviceUnreachable("its process answered something else", Reason.DRIVER)
         return msgspec.msgpack.decode(done.body, type=Replies)
 

@@ -62,7 +62,8 @@ class _Child:
         self._connection = connection
         self._driver: AnyDriver | None = None
         self._broken: Exception | None = None  #: why there is none
-        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._calls: dict[int, asyncio.Task[msgspec.Struct]] = {}
+        self._answering: set[asyncio.Task[None]] = set()
         self._speaking = asyncio.Lock()
         self._remembered_s = -_REMEMBER_EVERY_S
         self._places: dict[str, int] = {}
@@ -90,7 +91,10 @@ class _Child:
                         await self._close(message.id)
                         return
                     case _:
-                        self._calls[message.id] = asyncio.create_task(self._call(message))
+                        work = self._calls[message.id] = asyncio.create_task(self._done(message))
+                        answering = asyncio.create_task(self._answer(message.id, work))
+                        self._answering.add(answering)
+                        answering.add_done_callback(self._answering.discard)
         await self._let_go()
 
     def _set_up(self, setup: Setup) -> None:
@@ -103,18 +107,18 @@ class _Child:
         except Exception as err:  # noqa: BLE001 - told with the first call, whatever it is
             self._broken = err
 
-    async def _call(self, call: Connect | Read | Write | Listen | Ask) -> None:
-        try:
-            try:
-                answer: msgspec.Struct = await self._done(call)
-            except asyncio.CancelledError:
-                answer = failure_of(call.id, asyncio.CancelledError("cancelled"))
-            except Exception as err:  # noqa: BLE001 - it crosses, and the agent judges it
-                answer = failure_of(call.id, err)
+    async def _answer(self, call: int, work: asyncio.Task[msgspec.Struct]) -> None:
+        """One last word for each call, also for one that was cancelled before it began."""
+        await asyncio.wait([work])
+        del self._calls[call]
+        if work.cancelled():
+            answer: msgspec.Struct = failure_of(call, asyncio.CancelledError("cancelled"))
+        else:
+            error = work.exception()
+            answer = work.result() if error is None else failure_of(call, error)
+        with contextlib.suppress(OSError):  # the agent is gone; `run` ends
             await self._remember(force=False)
             await self._say(answer)
-        finally:
-            self._calls.pop(call.id, None)
 
     async def _done(self, call: Connect | Read | Write | Listen | Ask) -> msgspec.Struct:
         driver = self._driver
@@ -175,11 +179,10 @@ class _Child:
         self._writer.close()
 
     async def _let_go(self) -> None:
-        calls = list(self._calls.values())
-        for task in calls:
+        for task in self._calls.values():
             task.cancel()
-        if calls:
-            await asyncio.wait(calls, timeout=_CLOSE_S / 2)
+        if self._answering:
+            await asyncio.wait(list(self._answering), timeout=_CLOSE_S / 2)
         if self._driver is not None:
             with contextlib.suppress(Exception):  # the process ends, and with it whatever is held
                 async with asyncio.timeout(_CLOSE_S / 2):

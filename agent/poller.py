@@ -63,6 +63,7 @@ CLOSE_S: Final = 2.0  #: for a driver to let go of its device; leaving takes at 
 _ALIGN_UP_TO_S: Final = 2.0  #: with longer periods a lost device is tried between its slots too
 _GRACE: Final = 0.1  #: of a period: a slot this little late is served late instead of skipped
 _SHARE_EVERY: Final = 16  #: scans of a device that never waits, until the others get a turn
+_SHARE_AFTER_S: Final = 0.01  #: and after so long, for a driver that blocks instead of waiting
 _BAD_IN_A_ROW: Final = 3  #: scans without one usable value until the device counts as down
 _CHANGES_TOLD: Final = 12  #: changes of one device's state in an hour that the log tells
 PUSH_READ_S: Final = 30.0  #: how long somebody who asks waits for a device that speaks when it likes
@@ -221,6 +222,7 @@ class DevicePoller:
         self._bad_in_a_row = 0
         self._told_s: deque[float] = deque(maxlen=_CHANGES_TOLD)  #: when changes of state were logged
         self._unshared = 0
+        self._shared_s = 0.0
         self._dropped_before = 0  #: by the driver's own queue
         self._memory = memory
         self._unsaved: bytes | None = None  #: of what the driver learnt
@@ -382,7 +384,7 @@ class DevicePoller:
             else:
                 if self._asked:
                     await self._serve(driver, now_s)
-                await self._share()
+                await self._share(now_s)
 
     async def _pause(self, until_s: float, driver: Driver[Any, Any] | None) -> None:
         """Until then, serving what is asked meanwhile. Without a driver (the device is down) what is asked ends the
@@ -460,6 +462,7 @@ class DevicePoller:
 
     async def _listen(self, driver: PushDriver[Any, Any]) -> None:
         await self._connect(driver)
+        loop = asyncio.get_running_loop()
         scans = driver.scans()
         since_ns, readings = boot_ns(), len(self._points)
         try:
@@ -471,7 +474,7 @@ class DevicePoller:
                         answer.set_result(judged)
                 since_ns, readings = scan.taken_at_ns, len(scan.values)
                 self._dropped(driver, since_ns, readings)
-                await self._share()
+                await self._share(loop.time())
         finally:
             self._dropped(driver, since_ns, readings)  # also where the driver fails: a new one counts from 0
             if isinstance(scans, AsyncGenerator):
@@ -501,11 +504,11 @@ class DevicePoller:
                 raise
             raise DeviceUnreachable(f"no connection within {deadline_s:g} s", Reason.TIMEOUT) from None
 
-    async def _share(self) -> None:
+    async def _share(self, now_s: float) -> None:
         """Let the others have their turn, now and then, where a device never makes us wait."""
         self._unshared += 1
-        if self._unshared >= _SHARE_EVERY:
-            self._unshared = 0
+        if self._unshared >= _SHARE_EVERY or now_s - self._shared_s > _SHARE_AFTER_S:
+            self._unshared, self._shared_s = 0, now_s
             await asyncio.sleep(0)
 
     # --- a scan's way ---

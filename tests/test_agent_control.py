@@ -25,6 +25,7 @@ from agent.control import (
     ControlRefused,
     Fault,
     Hello,
+    Result,
     fault_of,
 )
 from agent.field import FieldError, LineTaken, Look, UnknownDevice
@@ -225,6 +226,26 @@ async def test_a_client_that_reads_nothing_holds_up_nobody(tmp_path: Path) -> No
         stuck.transport.abort()
 
 
+async def test_calls_given_up_before_they_began_leave_room_for_others(tmp_path: Path) -> None:
+    async with running(tmp_path, SIMULATED) as agent:
+        reader, writer = await asyncio.open_unix_connection(agent.state / SOCKET_NAME)
+        op = msgspec.Raw(msgspec.msgpack.encode({"type": "lines"}))
+        for number in range(2000):
+            for message in (Call(number, op), control.Cancel(number)):
+                data = msgspec.msgpack.encode(message)
+                writer.write(len(data).to_bytes(4, "big") + data)
+        data = msgspec.msgpack.encode(Call(5000, op))
+        writer.write(len(data).to_bytes(4, "big") + data)
+        async with asyncio.timeout(30):
+            while True:
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                told = msgspec.msgpack.decode(await reader.readexactly(size), type=Hello | Result | Fault)
+                assert not isinstance(told, Fault), told
+                if isinstance(told, Result) and told.id == 5000:
+                    break
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -306,16 +327,16 @@ async def test_another_user_is_refused_with_the_remedy(tmp_path: Path) -> None:
             "    except FieldError as err: print(err)\n"
             "asyncio.run(main())"
         )
-        command = [sys.executable, "-c", script, agent.state]
-        by_mode = await asyncio.to_thread(
-            subprocess.run, command, capture_output=True, text=True, check=False
-        )
+
+        def tried() -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", script, agent.state]
+            return subprocess.run(command, capture_output=True, text=True, check=False)
+
+        by_mode = await asyncio.to_thread(tried)
         assert "Permission denied" in by_mode.stdout, by_mode.stderr
         assert "sudo -u root headgate" in by_mode.stdout
         (agent.state / SOCKET_NAME).chmod(0o666)
-        by_kernel = await asyncio.to_thread(
-            subprocess.run, command, capture_output=True, text=True, check=False
-        )
+        by_kernel = await asyncio.to_thread(tried)
         assert "refuses this user" in by_kernel.stdout, by_kernel.stderr
         assert "user 65534 was refused" in agent.log
 
