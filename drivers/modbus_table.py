@@ -109,6 +109,10 @@ class ModbusPoint(Point, frozen=True, kw_only=True):
                 put(self, "type", ValueType.U32)
         if self.scale_register is not None and self.not_available:
             # What the registers hold for "no value" is told before it is scaled, and judged there.
+            if any(number != int(number) for number in self.not_available):
+                raise ValueError(
+                    "not_available: with a scale_register, whole numbers, as the register holds them"
+                )
             put(self, "register_not_available", (*self.register_not_available, *map(int, self.not_available)))
             put(self, "not_available", ())
 
@@ -228,20 +232,21 @@ def check_overlaps(points: Sequence[ModbusPoint]) -> None:
     """Two points on the very same registers are two views of them, and so is a bit or a bit-field of another point's
     register. All else that shares a register is a slip in the table. Raises `ConfigError`."""
     spans = [span_of(point) for point in points]
-    open_: list[int] = []  # those that reach farthest, in order of their ends
     views = [point.overlap or point.bit is not None or point.table.of_bits for point in points]
     plain = [i for i, view in enumerate(views) if not view]
+    reach: int | None = None  # the one before that reaches farthest
     for i in sorted(plain, key=lambda i: (spans[i].table, spans[i].first, spans[i].count)):
         span = spans[i]
-        for other in open_:
-            theirs = spans[other]
-            if theirs.table is span.table and theirs.end > span.first and theirs != span:
-                one, two = sorted((i, other))
+        if reach is not None and spans[reach].table is span.table:
+            theirs = spans[reach]
+            if theirs.end > span.first and theirs != span:
+                one, two = sorted((i, reach))
                 shared = f"{max(span.first, theirs.first)}-{min(span.end, theirs.end) - 1}"
                 raise ConfigError(
                     f"point {points[two].name!r}: register: shares registers {shared} with point "
                     f"{points[one].name!r} ({points[one].type} at {points[one].register}); correct the register or "
                     "the type of one, or, if that is meant, say overlap = true"
                 )
-        if not open_ or spans[open_[0]].table is not span.table or span.end > spans[open_[0]].end:
-            open_ = [i]
+            if span.end <= theirs.end:
+                continue
+        reach = i
