@@ -230,6 +230,9 @@ class Host(Protocol):
 
     async def reload(self) -> Reloaded: ...
 
+    async def until_reloaded(self) -> None:
+        """Until no reload is under way."""
+
     def status_document(self) -> bytes:
         """As JSON, as of now."""
 
@@ -413,7 +416,7 @@ class _Client:
             finally:
                 poller.unwatch(watch)
             # Its poller ended. Where the device was exchanged by a reload, go on with the new one.
-            await asyncio.sleep(0)
+            await self._host.until_reloaded()
             if self._host.poller_of(device) is poller:
                 raise FieldError(f"{device} is polled no more; see headgate status")
 

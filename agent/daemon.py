@@ -326,6 +326,10 @@ class Daemon:
         task.add_done_callback(self._reloads.discard)
         return await asyncio.shield(task)
 
+    async def until_reloaded(self) -> None:
+        async with self._reloading:
+            pass
+
     async def _reload(self) -> Reloaded:
         async with self._reloading:
             buffer = self._buffer

@@ -329,7 +329,7 @@ async def test_another_user_is_refused_with_the_remedy(tmp_path: Path) -> None:
         )
 
         def tried() -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-c", script, agent.state]
+            command = [sys.executable, "-c", script, str(agent.state)]
             return subprocess.run(command, capture_output=True, text=True, check=False)
 
         by_mode = await asyncio.to_thread(tried)
