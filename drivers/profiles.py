@@ -69,8 +69,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("between: gives the least value first, then the greatest")
 
     def point(self) -> Table:
-        """The point that reads it."""
-        table: Table = {"name": f"{self.table} {self.register}", "register": self.register}
+        """The point that reads it. Marks of several models may lie across one another."""
+        table: Table = {"name": f"{self.table} {self.register}", "register": self.register, "overlap": True}
         table |= {"table": self.table, "type": self.type}
         return table | {
             key: found for key in ("order", "length") if (found := getattr(self, key)) is not None

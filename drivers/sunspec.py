@@ -37,7 +37,11 @@ MARKER: Final = (0x5375, 0x6E53)  #: "SunS"
 END: Final = 0xFFFF
 COMMON: Final = 1
 MAX_MODELS: Final = 256  #: more is a device that goes round in circles
-MAX_READ: Final = 120  #: registers a request; 125 are allowed, and some devices take a few less
+READS: Final = (
+    120,
+    60,
+    30,
+)  #: registers a request: where so many are refused, fewer are tried (125 are allowed)
 _ADDRESSES: Final = 0x10000
 _HEAD: Final = 2  #: a model's id and length
 _WORD: Final = 2
@@ -221,21 +225,27 @@ def _walk_models(base: int) -> Generator[Ask, Words | None, Device]:
 def _read_model(
     known: Definition, at: int, number: int, length: int
 ) -> Generator[Ask, Words | None, tuple[int, ...]]:
-    """All its registers, in requests that split no value. Nothing where one of them is refused."""
+    """All its registers, in requests that split no value. Nothing where one of them is refused, however few it asks
+    for."""
     total = _HEAD + length
     words: list[int] = []
+    sizes = list(READS)
     while len(words) < total:
         begin = len(words)
-        end = min(total, begin + MAX_READ)
+        end = min(total, begin + sizes[0])
         if end < total:
             # What is known of the layout so far (counts may stand in what was read) tells where a value ends.
             so_far = Model(number, at, length, known=True, words=(*words, *[0] * (total - begin)))
             inside = [p for p in _places(so_far, known) if p.offset < end < p.offset + p.point.size]
             end = inside[0].offset if inside and inside[0].offset > begin else end
         part = _sound((yield Ask(at + begin, end - begin)), end - begin)
-        if part is None:
+        if part is not None:
+            words += part
+            continue
+        while sizes and sizes[0] >= end - begin:
+            del sizes[0]
+        if not sizes:
             return ()
-        words += part
     return tuple(words)
 
 

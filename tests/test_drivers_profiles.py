@@ -231,6 +231,7 @@ def test_what_is_wrong_in_a_file_is_told_with_file_line_key_and_remedy(
     [
         ("register = 10", "register = 65535", "point 'power': register: 65535"),
         ("register = 10", "register = 70000", "register"),
+        ("register = 10", "register = 1", "voltage"),  # the float takes 0 and 1
         ("unit = 7", "unit = 7\n    max_registers = 1", "max_registers"),
         ('type = "i32"', 'type = "i33"', "'i33' is not one of the valid words"),
         ('type = "i32"', 'typ = "i32"', "unknown key 'typ'; did you mean 'type'?"),

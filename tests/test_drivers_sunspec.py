@@ -182,6 +182,19 @@ def test_a_model_that_is_refused_is_passed_over_and_said() -> None:
     assert any("model 160" in line and "refused" in line for line in laid.left_out)
 
 
+def test_a_device_that_takes_short_requests_only_is_laid_out_all_the_same() -> None:
+    registers = Registers(40000, WHOLE)
+    whole = registers.answer
+
+    def short(register: int, count: int) -> list[int] | None:
+        return whole(register, count) if count <= 40 else None
+
+    registers.answer = short  # type: ignore[method-assign]
+    device = registers.walk()
+    assert device is not None
+    assert sunspec.layout(device) == sunspec.layout(walked(WHOLE))
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_whatever_a_device_answers_the_walk_and_the_layout_end(seed: int) -> None:
     chance = random.Random(seed)
