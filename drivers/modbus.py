@@ -193,7 +193,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         self._reads += 1
         if not self._reads % _WEIGH_EVERY:
             self._weigh(line)
-        if not asked.swift:
+        if not asked.swift or self._fruitless >= _STUBBORN:
             return await self._read_all(line, asked, None)
         # The usual case, and the one that has to be fast: one request holds all points.
         outcome = await line.exchange(asked.requests)
@@ -235,8 +235,9 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
     async def _read_all(self, line: Line, asked: _Asked, first: Replies | None) -> Scan:
         """`first` is what has been asked of the only block already."""
         reading = _Pass([None] * len(asked.spans), dict(asked.refused))
-        if first is None and self._fruitless >= _STUBBORN and self._fruitless % 2:
-            # Nothing came for a while. One value alone tells whether the device lives and minds the blocks.
+        alone = first is None and self._fruitless >= _STUBBORN and self._fruitless % 2 == 1
+        if alone:
+            # Nothing came for a while. One value by itself tells whether the device lives and minds the blocks.
             await self._ask_alone(line, asked, reading)
         if reading.answers or not reading.failures:
             turn = self._turn % max(1, len(asked.works))
@@ -250,7 +251,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         self._fruitless = 0 if reading.served else self._fruitless + 1
         self._judge(line, reading)
         if reading.served:
-            self._divide(asked, reading)
+            self._divide(asked, reading, _STUBBORN if alone else 1)
         count = len(asked.points)
         if len(asked.spans) > count:
             reading.reasons = {i: why for i, why in reading.reasons.items() if i < count}
@@ -402,12 +403,12 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                 self._learnt.failed(span, now_s)
             return
 
-    def _divide(self, asked: _Asked, reading: _Pass) -> None:
+    def _divide(self, asked: _Asked, reading: _Pass, times: int) -> None:
         """A block that fails again and again while others come: some devices are silent, or fail otherwise, where
         others would refuse."""
         for work in reading.stubborn:
             key = _range_of(work.block)
-            self._failing[key] += 1
+            self._failing[key] += times
             if self._failing[key] < _STUBBORN:
                 continue
             try:

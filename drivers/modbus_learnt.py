@@ -108,7 +108,7 @@ class Learnt:
         have been down for longer. Never raises."""
         try:
             kept = msgspec.msgpack.decode(remembered, type=_Kept)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, ValueError):  # the latter for text that is not UTF-8
             return
         if kept.version != _VERSION or kept.about != self.about or len(kept.refused) + len(kept.cuts) > _MOST:
             return
