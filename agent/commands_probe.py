@@ -448,6 +448,15 @@ def _show_matches(session: _Session, wanted: dict[str, Expected], found: dict[st
             technician.say(line)
         if len(matches) > _SHOWN:
             technician.say(f"  … and {len(matches) - _SHOWN} less likely ones (--json has 20)")
+        wider = next(
+            (m for m in matches[1:] if m.same_place(matches[0]) and m.order == matches[0].order), None
+        )
+        if wider is not None and wider.exact and matches[0].score - wider.score < 1.0:
+            words = (
+                f"{matches[0].kind} or {wider.kind}: the same today. More values with --expect tell which."
+            )
+            for line in technician.wrapped(words, lead="  "):
+                technician.say(line)
         if not guess.is_sure(matches):
             for line in technician.wrapped(_advice(expected, matches), lead="  "):
                 technician.say(line)

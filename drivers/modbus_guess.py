@@ -379,7 +379,7 @@ class Expected(msgspec.Struct, frozen=True):
 
 
 _EXPECTED: Final = re.compile(
-    r"(?:(?P<name>[^=]+?)\s*=\s*)?(?P<sign>[-+]?)(?P<whole>\d+)(?:[.,](?P<part>\d+))?\s*(?P<unit>[^\d\s].*)?"
+    r"(?:(?P<name>[^=]+?)\s*=\s*)?(?P<sign>[-+]?)(?P<whole>\d+)(?:[.,](?P<part>\d+))?\s*(?P<unit>[^\d\s.,=+-][^=]*)?"
 )
 
 
@@ -575,7 +575,7 @@ def _evidence(
         ulp = 2.0 ** (math.frexp(wanted * unit or half * unit)[1] - mantissa)
         patterns = max(1.0, 2 * slack * unit / ulp)
         # Registers are seldom random: zeros and small numbers abound, and make tiny floats, never these.
-        space, common = (2.0**32, 1.0) if kind is Kind.F32 else (2.0**64, 6.0)
+        space, common = (2.0**32, 1.0) if kind is Kind.F32 else (2.0**64, 1.5)
         return math.log10(space / patterns) - common - doubt, off
     patterns = max(1.0, 2 * slack * unit)
     # Small numbers are far commoner than large ones: as often 1 to 9 as 1,000 to 9,999 (Benford's law).
