@@ -12,9 +12,9 @@ Rules:
    as the next request is written, so that it is gone even if this process was held up meanwhile. (Measured: without
    this, 20 of 20 late replies were taken for another register's value.)
 4. A unit that does not answer is left alone for a growing while (`drivers.modbus_breaker`): asking it fails at once and
-   takes none of the line's time. Its probe is one request, waiting no longer than the unit needs to begin a reply. The
-   others need not be silent for it afterwards: a late reply carries its own unit's number; the unit itself is not asked
-   again before that reply cannot come any more.
+   takes none of the line's time. Its probe, and from its first failure on every request, waits no longer than the unit
+   needs to begin a reply. The others need not be silent for it afterwards: a late reply carries its own unit's number;
+   the unit itself is not asked again before that reply cannot come any more.
 5. A technician's request (`force`) is sent to a unit that is left alone, too.
 
 `open_serial` is the seam for a model of a line: put `(SerialPort, protocol factory) -> SerialTransport` in its place.
@@ -242,10 +242,12 @@ class _Owner:
             wire.send(request)
             return True
         verdict = breaker.verdict(self._loop.time())
+        # One failure, and a unit whose turnaround is known gets no more than that, lest it holds up all others.
+        suspect = verdict is Verdict.PASS and self._silence_s > 0.0 and request.unit in self._slowest_s
         self._in_flight = True
-        if verdict is not Verdict.PASS:
+        if suspect or verdict is not Verdict.PASS:
             self._probed = breaker
-        wire.send(request, self._patience_s(request) if verdict is Verdict.PROBE else None)
+        wire.send(request, self._patience_s(request) if suspect or verdict is Verdict.PROBE else None)
         return True
 
     def _left_alone(self, unit: int, breaker: Breaker, now_s: float) -> DeviceUnreachable:
@@ -345,6 +347,7 @@ class _Owner:
             self._probed.expects(due_s)
         else:
             self.reply_due_s = max(self.reply_due_s, due_s)
+            self._owed = True
 
     def _silent_in_s(self, wire: Wire, job: _Job, breaker: Breaker | None) -> float:
         """How long until the next request may be sent; 0: now, and nothing waits to be read."""

@@ -145,8 +145,10 @@ class Wire(ABC):
             self._timer.cancel()
             self._timer = None
         transport, self._transport = self._transport, None
-        if isinstance(transport, asyncio.Transport | asyncio.DatagramTransport):
-            transport.abort()
+        if transport is not None:
+            cast(
+                asyncio.Transport, transport
+            ).abort()  # a datagram transport has it, too, and is of no common class
         self._unanswered(Reason.DISCONNECTED)
 
     # ------------------------------------------------------------------------------- asyncio calls

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
+import re
 import struct
+import tomllib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
+import msgspec
 import pytest
 import serial
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymodbus.constants import ExcCodes
 
+from agent.validation import Rules
+from drivers import modbus
 from drivers.contract import (
     ConfigError,
     DeviceUnreachable,
     Driver,
+    Point,
     PointRefused,
     Reason,
     Scan,
@@ -25,9 +31,11 @@ from drivers.contract import (
     boot_ns,
 )
 from drivers.modbus import ModbusDriver, ModbusOptions, ModbusPoint
-from drivers.modbus_plan import Table
+from drivers.modbus_line import Line
+from drivers.modbus_plan import Cost, Table
 from drivers.registry import build
 from tests.fakes.modbus_peer import Peer, ScriptedSlave, ScriptedTcp, Unit, rtu_peer, tcp_peer
+from tests.fakes.modbus_wilful import WilfulTcp
 
 FLOAT = list(struct.unpack(">HH", struct.pack(">f", 3.5)))
 
@@ -433,36 +441,6 @@ async def test_rtu_a_cancelled_read_owes_the_line_its_silence_too() -> None:
             assert told(await driver.read(driver.points[1:])) == {"r200": 1200}
 
 
-async def test_rtu_hundreds_of_frames_with_random_faults_give_no_wrong_value() -> None:
-    chance = random.Random(20)
-    right = wrong = bad = 0
-    # A short timeout: a slow machine makes more bad readings of it. A long time for late replies: where this process
-    # is held up for longer than that, a reply comes after the latest moment promised, and no driver could tell.
-    quick = {**SLAVE, "timeout_ms": 20, "latest_reply_ms": 120}
-    async with (
-        scripted(late_s=0.025) as slave,
-        connected(registers(0, 120, 240), serial=slave.path, **quick) as driver,
-    ):
-        until_s = asyncio.get_running_loop().time() + 20
-        while slave.requests < 130 and asyncio.get_running_loop().time() < until_s:
-            slave.script = [chance.choice([*FAULTS, *["ok"] * 9]) for _ in range(3)]
-            try:
-                scan = await driver.read(driver.points)
-            except DeviceUnreachable:
-                bad += 3
-                await asyncio.sleep(0.005)  # left alone it fails at once, and the slave needs this loop too
-                continue
-            for i, value in enumerate(scan.values):
-                expected = 1000 + driver.points[i].register
-                right += value == expected
-                bad += value is None
-                wrong += value not in (None, expected)
-        assert slave.requests >= 100, "too slow to mean anything"
-    assert wrong == 0
-    assert right > 30
-    assert bad > 30
-
-
 async def test_rtu_an_unplugged_port_is_unreachable() -> None:
     async with scripted() as slave, connected(registers(0), serial=slave.path, **SLAVE) as driver:
         await driver.read(driver.points)
@@ -621,7 +599,201 @@ async def test_a_write_that_does_not_stick_is_refused_with_both_values() -> None
         assert server.written == [(6, 0, [6])]
 
 
+# ------------------------------------------------------------------------------------------ types
+
+
+async def test_encoded_values_travel_as_their_type_in_one_request_with_all_others() -> None:
+    unit = Unit(
+        holding=[
+            0x1234, 0x5678,  # 0: BCD
+            5678, 1234,  # 2: MOD10, the first register least significant
+            0x0018, 0x03CF, 0x0C22, 0xDDD5,  # 4: CP56Time2a, 2024-03-15 12:34:56.789
+            0x8005,  # 8: sign and magnitude
+            0xB5C3,  # 9: bits
+            *words("f", float("nan")),  # 10
+            0x7FFF, 0x8000, 0xFFFF,  # 12
+            0x0041, 0x0042,  # 15: text
+        ]
+    )  # fmt: skip
+    points = [
+        point("bcd", 0, "u32", encoding="bcd"),
+        point("mod10", 2, "u32", encoding="mod10000", order="CDAB"),
+        {"name": "time", "register": 4, "encoding": "cp56time2a"},
+        point("sign", 8, "i16", encoding="sign_magnitude"),
+        point("field", 9, "u8", bit=4, bits=8),
+        {"name": "bit", "register": 9, "bit": 15},
+        point("nan", 10, "f32"),
+        point("a", 12, "i16", not_available=[0x7FFF]),
+        point("b", 13, "i16", not_available=[0x8000]),
+        point("c", 14, "i16", not_available=[0xFFFF]),
+        point("c_unsigned", 14, "u16", not_available=[0xFFFF]),
+        point("text", 15, "str", encoding="char_low", length=2),
+    ]
+    async with tcp_peer({1: unit}) as peer, connected(points, port=peer.port) as driver:
+        scan = await driver.read(driver.points)
+        assert told(Rules(driver.points).apply(scan)) == {
+            "bcd": 12345678, "mod10": 12345678, "time": 1_710_506_096, "sign": -5, "field": 0x5C, "bit": True,
+            "nan": Reason.NAN, "a": Reason.SENTINEL, "b": Reason.SENTINEL, "c": Reason.SENTINEL,
+            "c_unsigned": Reason.SENTINEL, "text": "AB",
+        }  # fmt: skip
+        assert len(peer.asked) == 1
+
+
+SCALED = {"name": "power", "register": 10, "encoding": "i16", "scale_register": 14, "not_available": [0x8000]}
+
+
+async def test_a_number_and_its_exponent_are_read_in_one_request_whatever_else_is() -> None:
+    registers_ = [0] * 20
+    registers_[10], registers_[14] = 1234, 0xFFFE
+    async with WilfulTcp(registers_) as peer, connected([SCALED], port=peer.port, max_gap=0) as driver:
+        assert told(await driver.read(driver.points)) == {"power": 12.34}
+        assert peer.asked == [(3, 10, 5)]
+        registers_[10] = 0x8000
+        assert told(await driver.read(driver.points)) == {"power": Reason.SENTINEL}
+        registers_[10], registers_[14] = 5, 0x8000
+        assert told(await driver.read(driver.points)) == {"power": Reason.SENTINEL}
+        registers_[14] = 12
+        assert told(await driver.read(driver.points)) == {"power": Reason.DECODE}
+
+
+async def test_an_exponent_that_is_read_apart_must_be_the_same_before_and_after() -> None:
+    registers_ = [0] * 300
+    registers_[10], registers_[200] = 1234, 0xFFFE
+    flips = False
+
+    def judge(function: int, address: int, count: int) -> None:
+        if flips and address == 200:
+            registers_[200] ^= 1  # -2, -1, -2, ...
+
+    far = {**SCALED, "scale_register": 200}
+    async with WilfulTcp(registers_, judge) as peer, connected([far], port=peer.port) as driver:
+        assert told(await driver.read(driver.points)) == {"power": 12.34}
+        assert peer.asked == [(3, 10, 1), (3, 200, 1), (3, 200, 1)]
+        flips = True
+        assert told(await driver.read(driver.points)) == {"power": Reason.DECODE}
+        flips = False
+        assert told(await driver.read(driver.points))["power"] in (12.34, 123.4)
+
+
+async def test_a_number_and_its_exponent_are_read_apart_where_the_device_refuses_what_lies_between() -> None:
+    registers_ = [0] * 20
+    registers_[10], registers_[14] = 1234, 0xFFFE
+    refuses = lambda function, address, count: 2 if address <= 12 < address + count else None  # noqa: E731
+    async with (
+        WilfulTcp(registers_, refuses) as peer,
+        connected([SCALED, *registers(3)], port=peer.port) as driver,
+    ):
+        for _ in range(3):
+            scan = told(await driver.read(driver.points))
+        assert scan == {"power": 12.34, "r3": 0}
+        peer.asked.clear()
+        await driver.read(driver.points)
+        assert len(peer.asked) == 3  # r3 with the number; the exponent before and after
+
+
+# ------------------------------------------------------------------------------------------ planning
+
+
+async def test_what_is_forbidden_is_never_on_the_wire() -> None:
+    forbidden = {"holding": [[100, 110], [200, 200]]}
+    wanted = registers(95, 99, 111, 199, 201)
+    async with (
+        WilfulTcp(list(range(300))) as peer,
+        connected(wanted, port=peer.port, forbidden=forbidden) as driver,
+    ):
+        await driver.read(driver.points)
+        touched = {n for _, address, count in peer.asked for n in range(address, address + count)}
+        assert not touched & {*range(100, 111), 200}
+        assert len(peer.asked) == 3
+    with pytest.raises(
+        ConfigError, match=r"point 'r105': register: 105 is in options.forbidden.holding \[100, 110\]"
+    ):
+        build("boiler", "modbus", {"host": "h", "forbidden": forbidden}, registers(105))
+
+
+async def test_the_plan_follows_what_the_line_costs() -> None:
+    """On a slow serial line a hole of forty registers costs more than a request; on a network it does not."""
+    two = registers(0, 41)
+    slow = build("a", "modbus", {"serial": "/dev/ttyS99", "baud": 1200}, two)
+    quick = build("b", "modbus", {"host": "h"}, two)
+    assert isinstance(slow, ModbusDriver)
+    assert isinstance(quick, ModbusDriver)
+    assert len(slow._asked.works) == 2
+    assert len(quick._asked.works) == 1
+
+
+async def test_a_line_that_turns_out_to_cost_otherwise_is_planned_anew_between_two_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with WilfulTcp(list(range(100))) as peer, connected(registers(0, 50), port=peer.port) as driver:
+        await driver.read(driver.points)
+        monkeypatch.setattr(Line, "cost", lambda line: Cost(0.001, 0.000_1))
+        await driver.connect()
+        await driver.read(driver.points)
+        assert peer.asked == [(3, 0, 51), (3, 0, 1), (3, 50, 1)]
+
+
 # ------------------------------------------------------------------------------------------ bad tables
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (point("a", 0, "f32"), point("b", 1, "f32")),
+        (point("a", 0, "u32"), point("b", 1)),
+        (point("a", 0, "str", length=20), point("b", 4, "u32")),
+        (point("b", 3, "u64"), point("a", 0, "u64")),
+    ],
+)
+def test_points_that_share_registers_by_mistake_are_refused_with_both_names_and_the_remedy(
+    one: dict[str, object], two: dict[str, object]
+) -> None:
+    others = registers(*range(100, 110))
+    with pytest.raises(
+        ConfigError, match=rf"point '{two['name']}': register: .*'{one['name']}'.*overlap = true"
+    ):
+        build("boiler", "modbus", {"host": "h"}, [*others, one, two])
+    build("boiler", "modbus", {"host": "h"}, [one, {**two, "overlap": True}])
+    build("boiler", "modbus", {"host": "h"}, [one, {**two, "table": "input"}])
+
+
+def test_two_views_of_the_same_registers_are_no_mistake() -> None:
+    views = [
+        point("whole", 0, "u32"),
+        point("signed", 0, "i32"),
+        {"name": "bit", "register": 1, "bit": 3},
+        point("field", 0, "u8", bit=12, bits=8),
+        point("next", 2),
+    ]
+    build("boiler", "modbus", {"host": "h"}, views)
+
+
+def test_a_device_claims_its_line_with_its_settings() -> None:
+    serial_ = {"serial": "/dev/ttyS99", "baud": 9600, "parity": "none"}
+    driver = build("a", "modbus", serial_, registers(0))
+    other = build("b", "modbus", {**serial_, "baud": 19200, "unit": 2}, registers(0))
+    ascii_ = build("c", "modbus", {"serial": "/dev/ttyS98", "framing": "ascii"}, registers(0))
+    claims = [each.line() for each in (driver, other, ascii_)]
+    assert all(claim is not None for claim in claims)
+    keys, settings_ = zip(*((claim.key, claim.settings) for claim in claims if claim), strict=True)
+    assert keys == ("/dev/ttyS99", "/dev/ttyS99", "/dev/ttyS98")
+    assert settings_ == ("9600 baud, 8N1, rtu", "19200 baud, 8E1, rtu", "19200 baud, 7E1, ascii")
+
+
+def test_the_sample_shows_every_key_with_its_default_and_builds() -> None:
+    text = Path(modbus.__file__).with_suffix(".toml").read_text()
+    options = {field.encode_name: field.default for field in msgspec.structs.fields(ModbusOptions)}
+    own = {field.encode_name for field in msgspec.structs.fields(ModbusPoint)} - {
+        field.encode_name for field in msgspec.structs.fields(Point)
+    }
+    for key in {*options, *own}:
+        assert re.search(rf"^#? ?{key} = ", text, re.MULTILINE), key
+    shown = tomllib.loads("\n".join(dict.fromkeys(re.findall(r"^# (\w+ = .*)$", text, re.MULTILINE))))
+    for key in ("port", "baud", "parity", "stop_bits", "unit", "connect_timeout_ms", "max_registers", "max_bits",
+                "order", "write_single"):  # fmt: skip
+        assert shown[key] == options[key], key
+    (device,) = tomllib.loads(text)["device"]
+    build(device["name"], device["driver"], device["options"], device["point"])
 
 
 @pytest.mark.parametrize(
