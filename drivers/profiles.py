@@ -119,6 +119,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     points: tuple[Table, ...]
     file: str = ""
     extends: tuple[str, ...] = ()  #: what it extends, the nearest first
+    files: tuple[str, ...] = ()  #: its own, then those of what it extends
     detect: Detect = Detect()
     places: tuple[Place, ...] = ()  #: of each point: the file that spoke of it last
     hides: str | None = None  #: the file of the same name that this one is taken instead of
@@ -245,6 +246,7 @@ def _joined(file: Path, below: tuple[Path, ...]) -> Profile:
         points=tuple(points),
         file=place,
         extends=(parent.name, *parent.extends) if parent else (),
+        files=(place, *parent.files) if parent else (place,),
         detect=own.detect,  # not the parent's: that tells another model
         places=tuple(places),
     )
@@ -356,39 +358,62 @@ def blame(
 ) -> TableError:
     """What is wrong with a merged device, told where it stands: in the device's own table, or in the profile's file.
     `options` and `points` are the device's own, `merged` the points that `merge` made of them."""
+    where = _where(profile, merged, err)
     option = re.match(r"options\.([^.\[]+)", err.path)
-    if option is not None and option[1] not in options and option[1] in profile.options:
-        return TableError(f"{err}; in {_where_option(profile, err.path)}", "profile")
-    found = re.match(r"point\[(\d+)\](?:\.(.*))?", err.path)
+    if option is not None:
+        return err if option[1] in options or where is None else _in(err, where)
+    found = re.match(r"point\[(\d+)\]", err.path)
     if found is None or int(found[1]) >= len(merged):
         return err
-    name = merged[int(found[1])].get("name")
-    # A driver's own check names the key in its text: "point 'power': register: …".
-    spoken = re.search(rf"point {re.escape(repr(name))}: (\w+): ", str(err))
-    key = found[2] or (spoken[1] if spoken else "")
+    name, key = merged[int(found[1])].get("name"), _key(merged, err)
     mine = [i for i, point in enumerate(points) if point.get("name") == name]
-    known = [point["name"] for point in profile.points]
-    if mine and (name not in known or key.split(".")[0] in points[mine[-1]]):
+    if mine and (where is None or key.split(".")[0] in points[mine[-1]]):
         return TableError(str(err), f"point[{mine[-1]}]{'.' + key if key else ''}")
-    if name not in known:
-        return err
-    return TableError(f"{err}; in {_where_point(profile, known.index(name), key)}", "profile")
+    return err if where is None else _in(err, where)
+
+
+def _in(err: TableError, where: str) -> TableError:
+    return TableError(f"{err}; in {where}", "profile")
+
+
+def _key(merged: Sequence[Mapping[str, object]], err: TableError) -> str:
+    """The key of the point that is wrong: by the error's path, or, of a driver's own check, by its text
+    ("point 'power': register: …")."""
+    found = re.match(r"point\[(\d+)\](?:\.(.*))?", err.path)
+    if found is None:
+        return ""
+    name = merged[int(found[1])].get("name")
+    spoken = re.search(rf"point {re.escape(repr(name))}: (\w+): ", str(err))
+    return found[2] or (spoken[1] if spoken else "")
+
+
+def _where(profile: Profile, merged: Sequence[Mapping[str, object]], err: TableError) -> str | None:
+    """File and line of what is wrong, where it stands in a profile's file."""
+    option = re.match(r"options\.([^.\[]+)", err.path)
+    if option is not None:
+        return _where_option(profile, err.path) if option[1] in profile.options else None
+    found = re.match(r"point\[(\d+)\]", err.path)
+    if found is None or int(found[1]) >= len(merged):
+        return None
+    known = [point["name"] for point in profile.points]
+    name = merged[int(found[1])].get("name")
+    return _where_point(profile, known.index(name), _key(merged, err)) if name in known else None
 
 
 def _where_option(profile: Profile, path: str) -> str:
-    """File and line of an option: the nearest file of the chain that sets it."""
-    for file in (profile.file, *(str(find(name)) for name in profile.extends)):
+    """The nearest file of the chain that sets it."""
+    option = path.removeprefix("options.").split(".")[0]
+    for file in profile.files:
         try:
-            line = line_of(_read(Path(file))[0], path)
-        except ProfileError:
+            text, own = _read(Path(file))
+        except ProfileError:  # it was there a moment ago
             continue
-        if line is not None:
-            return f"{file}:{line}"
+        if option in own.options:
+            return f"{file}:{line_of(text, path) or line_of(text, 'options') or 1}"
     return profile.file
 
 
 def _where_point(profile: Profile, index: int, key: str) -> str:
-    """File and line of a profile's point, or of a key of it."""
     place = profile.places[index]
     try:
         text = _read(Path(place.file))[0]
@@ -409,11 +434,23 @@ def check(profile: Profile) -> None:
     except TableError as err:
         said = str(err).removeprefix(f"device {profile.name!r}").lstrip(": ")
         if err.path.startswith("options") and said.endswith("is required and missing"):
-            return  # what only the device's owner knows: its address, its key
-        told = blame(profile, {}, (), points, TableError(said, err.path))
-        raise ProfileError(str(told) if told.path == "profile" else f"{profile.file}: {told}") from err
+            _check_points(profile)  # what only the device's owner knows is missing: its address, its key
+            return
+        where = _where(profile, points, TableError(said, err.path)) or profile.file
+        raise ProfileError(f"{where}: {said}") from err
     except ConfigError as err:
         raise ProfileError(f"{profile.file}: {err}") from err
+
+
+def _check_points(profile: Profile) -> None:
+    """The keys of the points, where the device as a whole cannot be built."""
+    kind = registry.load(profile.driver)
+    for i, point in enumerate(profile.points):
+        try:
+            convert(point, kind.point_type)
+        except ConfigFileError as err:
+            where = _where_point(profile, i, err.path)
+            raise ProfileError(f"{where}: point {point['name']!r}: {err.path}: {err.text}") from err
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Table:

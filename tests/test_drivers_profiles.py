@@ -244,7 +244,32 @@ def test_a_point_that_cannot_work_is_blamed_on_its_line_of_the_profile(
     with pytest.raises(ConfigError) as caught:
         profiles.check(profiles.load("m1"))
     assert said in str(caught.value)
-    assert f"{file}:" in str(caught.value)
+    assert re.match(rf"{file}:\d+: ", str(caught.value))
+
+
+def test_an_option_is_blamed_on_the_file_of_the_chain_that_sets_it(write: Write, tmp_path: Path) -> None:
+    parent = write("m1", METER.replace("unit = 7", "unit = 700"))
+    write("m2", CHILD)
+    with pytest.raises(ConfigError) as caught:
+        profiles.check(profiles.load("m2"))
+    assert str(caught.value).startswith(f"{parent}:11: options: unit: ")
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        '[gateway]\ntenant = "t"\nname = "g"\n[uplink]\nkind = "none"\n'
+        '[[device]]\nname = "roof"\nprofile = "m2"\noptions = { host = "192.0.2.1" }\n'
+    )
+    (error,) = check(config).errors
+    assert error.path == "device[0].profile"
+    assert str(error).endswith(f"in {parent}:11")
+
+
+def test_a_profile_whose_driver_needs_what_only_the_owner_knows_is_checked_all_the_same(write: Write) -> None:
+    text = METER.replace('"modbus"', '"ble"').split("[options]")[0]
+    file = write("m1", text + '\n    [[point]]\n    name = "x"\n    strange = 1\n')
+    with pytest.raises(ConfigError) as caught:
+        profiles.check(profiles.load("m1"))
+    assert str(caught.value).startswith(f"{file}:")
+    assert "strange" in str(caught.value)
 
 
 def test_config_check_names_the_profiles_file_and_line_for_a_bad_inherited_point(
