@@ -155,7 +155,7 @@ class _Asked(msgspec.Struct):
     answer: asyncio.Future[Scan]
     point: Point | None = None
     raw: Value = 0
-    waited: bool = False  #: for a poll that was due: it is served after that one, come what may
+    waits_for_s: float | None = None  #: the slot of a poll that goes first; it is served before the next one
 
 
 class Watch:
@@ -390,13 +390,11 @@ class DevicePoller:
         """Until then, serving what is asked meanwhile. Without a driver (the device is down) what is asked ends the
         pause, so that it is tried at once."""
         loop = asyncio.get_running_loop()
-        while True:
+        while loop.time() < until_s:
             if self._asked:
                 if driver is None:
                     return
                 await self._serve(driver, until_s)
-            if loop.time() >= until_s:
-                return
             self._waker = waker = loop.create_future()
             timer = loop.call_at(until_s, _wake, waker)
             try:
@@ -410,9 +408,10 @@ class DevicePoller:
         loop = asyncio.get_running_loop()
         while self._asked:
             asked = self._asked[0]
-            if not asked.waited and loop.time() < due_s < loop.time() + self.gauge.typical_s():
+            now_s = loop.time()
+            if asked.waits_for_s in (None, due_s) and now_s < due_s < now_s + self.gauge.typical_s():
                 for each in self._asked:
-                    each.waited = True
+                    each.waits_for_s = due_s
                 return
             self._asked.popleft()
             if asked.answer.done():

@@ -27,6 +27,7 @@ from drivers.contract import (
     DeviceUnreachable,
     Driver,
     Point,
+    PointRefused,
     PushDriver,
     Reason,
     Scan,
@@ -623,3 +624,213 @@ async def test_a_source_that_ends_or_breaks_is_started_again() -> None:
         await until(lambda: poller.gauge.health.restarts == 1 and poller.gauge.health.failures >= 2)
     assert [1, 2] in [kept.values for kept in store.kept]
     assert [3, 4] in [kept.values for kept in store.kept]
+
+
+# --- what a technician asks of it ---
+
+
+async def test_what_is_asked_never_overlaps_a_poll_and_is_not_kept() -> None:
+    async def slow(n: int) -> Scan:
+        await asyncio.sleep(0.004)
+        return scan_of(n, n)
+
+    driver, store = Asked(slow), ListStore()
+    poller = poller_of(driver, store, period_s=0.02)
+    async with running(poller):
+        answers = await asyncio.gather(*(poller.ask_read() for _ in range(30)))
+        await until(lambda: len(store.kept) >= 5)
+    assert driver.overlaps == 0
+    asked = {scan.values[0] for scan in answers}
+    assert len(asked) == 30  # each a read of its own
+    assert asked.isdisjoint(kept.values[0] for kept in store.kept)
+
+
+async def test_what_is_asked_waits_where_it_would_delay_a_poll() -> None:
+    async def slow(n: int) -> Scan:
+        await asyncio.sleep(0.05)
+        return scan_of(n, n)
+
+    driver, store = Asked(slow), ListStore()
+    poller = poller_of(driver, store, period_s=0.4)
+    loop = asyncio.get_running_loop()
+    async with running(poller):
+        await until(lambda: len(store.kept) >= 2)
+        for late_s in (0.01, 0.03):
+            # Just before its slot: slots are at whole multiples of the period.
+            slot_s = math.ceil(loop.time() / 0.4 + 0.5) * 0.4
+            await asyncio.sleep(slot_s - late_s - loop.time())
+            polls = len(store.kept)
+            await poller.ask_read()
+            assert len(store.kept) == polls + 1  # the poll came first
+    starts_s = [kept.taken_at_ns / 1e9 - 0.05 for kept in store.kept[2:]]
+    gaps = [b - a for a, b in itertools.pairwise(starts_s)]
+    assert all(gap == pytest.approx(round(gap / 0.4) * 0.4, abs=0.04) for gap in gaps), gaps
+
+
+async def test_a_device_that_is_down_is_tried_at_once_for_who_asks() -> None:
+    away = True
+
+    async def answer(n: int) -> Scan:
+        if away:
+            raise DeviceUnreachable("no power", Reason.TIMEOUT)
+        return scan_of(n, n)
+
+    driver = Asked(answer)
+    poller = poller_of(driver, ListStore(), period_s=30.0)
+    async with running(poller):
+        await until(lambda: poller.gauge.health.state is State.DOWN)
+        with pytest.raises(DeviceUnreachable, match="no power") as caught:
+            await poller.ask_read()
+        assert caught.value.reason is Reason.TIMEOUT
+        away = False
+        async with asyncio.timeout(5):
+            assert (await poller.ask_read()).values[0] in (driver.reads, driver.reads - 1)
+
+
+async def test_a_write_is_one_call_read_back_and_gone_if_given_up_before_it_began() -> None:
+    class Writable(Asked):
+        written: list[Value] = []  # noqa: RUF012 - of one test
+
+        async def write(self, point: Point, value: Value) -> None:
+            if value == 13:
+                raise PointRefused(point.name, "not this one")
+            if value == 99:
+                await asyncio.sleep(3600)
+            self.written.append(value)
+
+        async def read(self, points: Sequence[Point]) -> Scan:
+            await super().read(points)
+            return Scan(boot_ns(), tuple(points), [len(self.written)] * len(points))
+
+    driver, store = Writable(good), ListStore()
+    poller = poller_of(driver, store, deadline_s=0.2)
+    async with running(poller):
+        back = await poller.ask_write(POINTS[1], 7)
+        assert (back.points, back.values) == ((POINTS[1],), [1])
+        with pytest.raises(PointRefused, match="not this one"):
+            await poller.ask_write(POINTS[0], 13)
+        given_up = asyncio.ensure_future(poller.ask_write(POINTS[0], 8))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        assert (await poller.ask_write(POINTS[0], 9)).values == [2]
+        assert driver.connects == 1  # a refusal is no fault
+        with pytest.raises(DeviceUnreachable, match=r"no answer within 0.2 s"):
+            await poller.ask_write(POINTS[0], 99)
+        await until(lambda: driver.connects == 2)
+    assert driver.written == [7, 9]
+    assert driver.overlaps == 0
+
+
+async def test_who_looks_on_sees_every_scan_judged_and_the_failures_too() -> None:
+    async def answer(n: int) -> Scan:
+        if n == 3:
+            raise DeviceUnreachable("away", Reason.TIMEOUT)
+        return scan_of(2000 if n == 2 else n, n)
+
+    driver, store = Asked(answer), ListStore()
+    poller = poller_of(driver, store)
+    watch = poller.watch()
+    async with running(poller):
+        async with asyncio.timeout(20):
+            seen = [await watch.next() for _ in range(4)]
+        poller.unwatch(watch)
+    first, judged, failed, after = [scan for scan in seen if scan is not None]
+    assert first.values[0] == 1
+    assert judged.reasons == {0: Reason.RANGE}
+    assert failed.reasons == {0: Reason.TIMEOUT, 1: Reason.TIMEOUT}
+    assert after.values[0] == 4
+    assert poller.watch().missed == 0
+    assert await poller.watch().next() is None  # it is polled no more
+
+
+async def test_an_onlooker_that_is_too_slow_misses_the_oldest() -> None:
+    driver, store = Asked(good), ListStore()
+    poller = poller_of(driver, store, period_s=0.0)
+    watch = poller.watch()
+    async with running(poller):
+        await until(lambda: driver.reads > 500)
+    assert watch.missed > 400
+    first = await watch.next()
+    assert first is not None
+    assert isinstance(first.values[0], int)
+    assert first.values[0] == watch.missed + 1
+
+
+async def test_a_pushing_device_answers_with_its_next_message() -> None:
+    go = asyncio.Event()
+
+    async def source() -> AsyncIterator[Scan]:
+        for n in itertools.count(1):
+            await go.wait()
+            await asyncio.sleep(0.002)
+            yield scan_of(n, 5000)
+
+    store = ListStore()
+    poller = poller_of(Speaking(source), store)
+    async with running(poller):
+        asking = asyncio.ensure_future(poller.ask_read())
+        await asyncio.sleep(0.02)
+        assert not asking.done()
+        go.set()
+        assert (await asking).values == (1, 5000)
+        with pytest.raises(PointRefused, match="speaks by itself"):
+            await poller.ask_write(POINTS[0], 1)
+    with pytest.raises(DeviceUnreachable):
+        await poller.ask_read()
+
+
+async def test_who_asks_a_driver_that_fails_is_told_and_the_driver_is_built_anew() -> None:
+    async def fail(n: int) -> Scan:
+        if n > 2:
+            raise ZeroDivisionError("division by zero")
+        return scan_of(n, n)
+
+    second = Asked(good)
+    poller = poller_of(Asked(fail), ListStore(), period_s=3600.0, build=lambda: second)
+    async with running(poller):
+        await poller.ask_read()
+        with pytest.raises(DeviceUnreachable, match="ZeroDivisionError") as caught:
+            await poller.ask_read()
+        assert caught.value.reason is Reason.DRIVER
+        assert (await poller.ask_read()).values == (1, 1)
+    assert poller.gauge.health.restarts == 1
+
+
+async def test_a_driver_that_blocks_gives_the_others_a_turn_after_each_read() -> None:
+    async def block(n: int) -> Scan:
+        time.sleep(0.03)  # noqa: ASYNC251 - as a bad driver does
+        return scan_of(n, n)
+
+    blocking, neighbour = Asked(block, "bad"), Asked(good, "neighbour")
+    async with running(poller_of(blocking, ListStore()), poller_of(neighbour, ListStore())):
+        await until(lambda: blocking.reads >= 20)
+    assert neighbour.reads >= 10
+
+
+async def test_what_a_driver_learnt_is_told_once_and_given_to_its_successor() -> None:
+    class Learning(Asked):
+        recalled: bytes | None = None
+        news: bytes | None = None
+
+        def remembered(self) -> bytes | None:
+            news, self.news = self.news, None
+            return news
+
+        def recall(self, remembered: bytes) -> None:
+            self.recalled = remembered
+
+    async def fail(n: int) -> Scan:
+        first.news = b"refuses 7"
+        raise ZeroDivisionError
+
+    first, second = Learning(fail), Learning(good)
+    poller = poller_of(first, ListStore(), build=lambda: second)
+    poller._memory = b"of last year"
+    async with running(poller):
+        await until(lambda: second.reads >= 1)
+        assert first.recalled == b"of last year"
+        assert second.recalled == b"refuses 7"
+        assert poller.learnt() == b"refuses 7"
+        assert poller.learnt() is None
+        second.news = b"refuses 8"
+    assert poller.learnt() == b"refuses 8"
