@@ -408,3 +408,41 @@ def test_it_speaks_plainly_in_eighty_columns() -> None:
     assert max(map(len, said.output.splitlines())) <= 80
     assert "\x1b" not in said.output
     assert os.linesep in said.output
+
+
+async def test_points_with_scale_registers_bcd_dates_and_bits_are_simulated_too() -> None:
+    points: list[dict[str, object]] = [
+        {"name": "power", "unit": "W", "register": 0, "encoding": "i16", "scale_register": 2},
+        {"name": "energy", "unit": "Wh", "register": 4, "encoding": "u32", "scale_register": 2},
+        {"name": "count", "register": 6, "type": "u32", "encoding": "bcd"},
+        {"name": "signed", "register": 8, "type": "i16", "encoding": "sign_magnitude"},
+        {"name": "wide", "register": 10, "type": "u32", "encoding": "mod10000"},
+        {"name": "at", "register": 12, "encoding": "date_registers"},
+        {"name": "at_bcd", "register": 20, "encoding": "date_bcd"},
+        {"name": "at_cp56", "register": 24, "encoding": "cp56time2a"},
+        {"name": "at_unix", "register": 28, "encoding": "epoch_32"},
+        {"name": "ready", "register": 30, "bit": 2},
+        {"name": "step", "register": 31, "bit": 4, "bits": 3, "type": "u8", "overlap": True},
+        {"name": "low", "register": 31, "bit": 0, "overlap": True},
+    ]
+    device = Simulated(name="d", unit=1, points=typed(*points))
+    tables = Tables()
+    tables.add(device)
+    tables.set("d", device.points[0], -123.45, "ABCD")
+    tables.set("d", device.points[2], 123456.0, "ABCD")
+    tables.set("d", device.points[3], -77.0, "ABCD")
+    tables.set("d", device.points[4], 12345678.0, "ABCD")
+    tables.set("d", device.points[10], 5.0, "ABCD")
+    tables.set("d", device.points[11], True, "ABCD")
+    now_s = time.time()
+    async with serve(Line("tcp", {1: tables}), on_write=unheard) as at:
+        scan = await read(at.options(), points)
+    assert scan.reasons == {}
+    seen = told(scan)
+    assert seen["power"] == pytest.approx(-123.45)
+    assert (seen["count"], seen["signed"], seen["wide"]) == (123456, -77, 12345678)
+    assert (seen["step"], seen["low"]) == (5, True)
+    for name in ("at", "at_bcd", "at_cp56", "at_unix"):
+        instant = seen[name]
+        assert isinstance(instant, int | float)
+        assert abs(instant - now_s) < DEADLINE_S, name
