@@ -11,13 +11,26 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from drivers.advert import Advert, AdvertError, Format, Heard, Key, of_address, property_table, uuid_of
+from drivers.advert import (
+    Advert,
+    AdvertError,
+    Format,
+    Heard,
+    Key,
+    Property,
+    of_address,
+    property_table,
+    uuid_of,
+)
 from drivers.contract import Reason, Value, ValueType
 
 SERVICE_UUID: Final = uuid_of(0x181A)
 
-PROPERTIES: Final = property_table(
-    ("temperature", ValueType.I16, 0.01, "Cel"),
+PROPERTIES: Final = {
+    "temperature": Property(
+        "temperature", ValueType.I32, 0.01, "Cel", (-327_680, 327_670)
+    ),  # ATC1441's are tenths
+} | property_table(
     ("humidity", ValueType.U16, 0.01, "%"),
     ("battery", ValueType.U8, 1.0, "%"),
     ("voltage", ValueType.U16, 0.001, "V"),

@@ -557,7 +557,9 @@ class Scanner:
         self._started_s = self._loop.time()
         self._restarts = 0  #: since data were last heard
         self._guard_task: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
+        self._changed: asyncio.Future[None] = (
+            self._loop.create_future()
+        )  #: the scan, so that the guard looks again
         self._changing = asyncio.Lock()
         self._said_active = False
         self.failure: DeviceUnreachable | None = None
@@ -656,7 +658,8 @@ class Scanner:
                     self._need = before
                     raise
         self._started_s = self._receiver.last_data_s = self._loop.time()
-        self._wake.set()
+        if not self._changed.done():
+            self._changed.set_result(None)
 
     async def _start(self, session: _Session, before: Need, wanted: Need) -> None:
         if wanted is Need.PASSIVE:
@@ -739,16 +742,13 @@ class Scanner:
             scanning = self._need is not Need.WATCH
             if scanning and due_s <= self._loop.time():
                 return
-            self._wake.clear()
-            woken = asyncio.create_task(self._wake.wait())
-            try:
-                await asyncio.wait(
-                    {gone, woken},
-                    timeout=max(due_s - self._loop.time(), 0.01) if scanning else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-            finally:
-                woken.cancel()
+            self._changed = self._loop.create_future()
+            waiting: set[asyncio.Task[str] | asyncio.Future[None]] = {gone, self._changed}
+            await asyncio.wait(
+                waiting,
+                timeout=max(due_s - self._loop.time(), 0.01) if scanning else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if gone.done():
                 raise DeviceUnreachable(f"Bluetooth: {gone.result()}")
 

@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -163,7 +164,7 @@ class FakeBlueZ:
         self.adapter_path = f"/org/bluez/{adapter}"
         self.offered = 0  #: adverts that sensors sent
         self.delivered = 0  #: of those, signalled to somebody who scans, data and all
-        self.calls: list[tuple[str, str]] = []  #: (path, member) of every call
+        self.calls: deque[tuple[str, str]] = deque(maxlen=200)  #: (path, member) of the last calls
         self.refusals: dict[str, list[tuple[str, str]]] = {}  #: member -> errors still to give, (name, text)
         self.hangs: set[str] = set()  #: members that are never answered
         self.done_but_refused: dict[str, list[tuple[str, str]]] = {}  #: likewise, and done all the same
@@ -172,7 +173,7 @@ class FakeBlueZ:
         )
         self.connect_s = 0.0  #: that a connection takes
         self.connected: list[str] = []  #: addresses, in the order of connecting
-        self.connects: list[str] = []  #: every one that was ever made
+        self.connects: deque[str] = deque(maxlen=200)  #: likewise, and not forgotten when they end
         self.most_connected = self.most_connecting = 0
         self.monitors: list[_Monitor] = []
         self._has_monitors = monitors
