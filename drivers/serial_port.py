@@ -16,6 +16,7 @@ before the port was opened is thrown away and counted, because nobody knows when
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import select
@@ -30,6 +31,8 @@ from drivers.contract import ConfigError, DeviceUnreachable, LineClaim
 
 if TYPE_CHECKING:
     import serial
+
+log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 65_536  #: one read takes all that a tty holds (N_TTY_BUF_SIZE is 4,096) and more
 RETRY_WITHIN_S: Final = (
@@ -254,6 +257,16 @@ def open_port(port: str, settings: PortSettings, skipped: Callable[[int], None])
             given no time. A flush (TCIFLUSH) would leave behind what the tty has not yet taken over."""
             skipped(read_away(self.fd) if self.fd is not None else 0)
 
+        def _reconfigure_port(self, force_update: bool = False) -> None:
+            try:
+                super()._reconfigure_port(force_update)  # type: ignore[misc]  # private, so not in its types
+            except termios.error as exc:
+                # glibc's word for: the port keeps its own bits per character or parity, and nothing else was to be
+                # changed. Where something was, it takes the same without a word; so do we, in both cases aloud.
+                if exc.args[0] != errno.EINVAL or not _has_speed(self.fd, self.baudrate):
+                    raise
+            _say_what_is_dropped(port, self.fd, settings)
+
     device = resolve(port)
     try:
         return Port(
@@ -273,6 +286,28 @@ def open_port(port: str, settings: PortSettings, skipped: Callable[[int], None])
         raise ConfigError(f"options.port {port}: {exc}") from exc
     except (OSError, termios.error) as exc:  # SerialException is an OSError
         raise _opening_failed(port, exc) from exc
+
+
+def _has_speed(fd: int | None, baud: int) -> bool:
+    return fd is not None and termios.tcgetattr(fd)[5] == getattr(termios, f"B{baud}", None)
+
+
+_told: set[str] = set()
+
+
+def _say_what_is_dropped(port: str, fd: int | None, settings: PortSettings) -> None:
+    """An adapter without seven bits or parity takes the setting in silence, and the line then carries noise."""
+    if fd is None or port in _told:
+        return
+    cflag = termios.tcgetattr(fd)[2]
+    wanted = {5: termios.CS5, 6: termios.CS6, 7: termios.CS7, 8: termios.CS8}[settings.data_bits]
+    if cflag & termios.CSIZE != wanted or bool(cflag & termios.PARENB) != (settings.parity != "none"):
+        _told.add(port)
+        log.warning(
+            "%s: the port does not do %s, and carries 8 bits without parity; another adapter may",
+            port,
+            settings,
+        )
 
 
 def _absent(port: str) -> DeviceUnreachable:
