@@ -126,7 +126,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     length: int = 0  #: of a str: its bytes; of BCD and MOD10000: bytes where not those of the type
     scale_at: int | None = None  #: the first byte of the register that holds the exponent of 10
     not_available: tuple[int | float, ...] = ()  #: of a scaled number: what the registers hold for "no value"
-    utc_offset_min: int = 0  #: of a date: how far the device's clock is ahead of UTC
+    utc_offset_min: int = 0  #: of a moment: how far the device's clock is ahead of UTC
 
     @property
     def registers(self) -> int:
@@ -152,6 +152,8 @@ def what_is_wrong(field: Field) -> str | None:
 
 def _wrong_with_type(field: Field) -> str | None:
     type_, encoding = field.type, field.encoding
+    if field.utc_offset_min and encoding not in INSTANTS:
+        return "utc_offset_min: only moments (epoch_..., cp56time2a, date_...) have a time zone; remove it"
     if field.bits is not None and field.bit is None:
         return "bits: say with bit where the bit-field begins (0 the lowest)"
     if field.bit is not None:
@@ -197,21 +199,24 @@ def _wrong_with_bits(field: Field) -> str | None:
 
 
 def _wrong_with_length(field: Field) -> str | None:
-    if not field.length:
-        return None
     if field.encoding not in (Encoding.BCD, Encoding.MOD10000):
-        return (
-            "length: needed by a str, and only there (and where a bcd or mod10000 is not as long as its type)"
-        )
-    width = _width(field)
-    if field.encoding is Encoding.MOD10000 and field.length not in (4, 6, 8):
+        if field.length:
+            return "length: needed by a str, and only there (and where bcd or mod10000 is not as long as its type)"
+        return None
+    length = _length(field)
+    if field.encoding is Encoding.MOD10000 and length not in (4, 6, 8):
         return "length: a mod10000 number has 4, 6 or 8 bytes"
-    if field.encoding is Encoding.BCD and field.length != 1 and (field.length % _WORD or field.length > 8):
+    if field.encoding is Encoding.BCD and length not in (1, 2, 4, 6, 8):
         return "length: a bcd number has 1, 2, 4, 6 or 8 bytes"
-    digits = 2 * (field.length if field.encoding is Encoding.BCD else width)
+    digits = 2 * length
     if 10**digits - 1 > limits_of(field.type)[1]:
         return f"type: {digits} decimal digits do not fit {field.type}"
     return None
+
+
+def _length(field: Field) -> int:
+    """Bytes of a number: its own, or those of its type."""
+    return field.length or struct.calcsize(">" + _CODES[field.type])
 
 
 def _width(field: Field) -> int:
@@ -229,7 +234,7 @@ def _width(field: Field) -> int:
         return _EPOCHS[encoding]
     if encoding in _SCALED:
         return registers_of(ValueType(encoding)) * _WORD
-    return max(_WORD, field.length) if field.length else registers_of(field.type) * _WORD
+    return max(_WORD, _length(field))
 
 
 def registers_of(type_: ValueType, length: int = 0) -> int:
@@ -339,6 +344,8 @@ def encode(value: Value, field: Field) -> bytes:
     if encoding is None:
         highest_first = struct.pack(">" + _CODES[field.type], fitting(value, field.type))
     else:
+        if field.utc_offset_min and isinstance(value, int | float):
+            value += 60 * field.utc_offset_min  # only moments have one: the device's clock is that far ahead
         highest_first = _encode_number(value, encoding, field.type, width)
     return _on_the_wire(highest_first, field.order)
 
@@ -349,7 +356,7 @@ def is_part(field: Field) -> bool:
         return True
     if field.type is ValueType.STR:
         return False
-    return (field.type in (ValueType.I8, ValueType.U8) and field.encoding is None) or field.length == 1
+    return _length(field) == 1 and field.encoding in (None, Encoding.BCD)
 
 
 def encode_part(value: Value, field: Field, now: bytes) -> bytes:

@@ -91,7 +91,7 @@ class ModbusPoint(Point, frozen=True, kw_only=True):
     length: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_REGISTERS)] | None = None  #: of a str: its bytes
     scale_register: Address16 | None = None  #: holds an exponent of 10 (i16), as SunSpec's scale factors do
     register_not_available: tuple[int, ...] = ()  #: `not_available` of a point with `scale_register`
-    utc_offset_min: Annotated[int, msgspec.Meta(ge=-1440, le=1440)] = 0  #: of a date: its clock less UTC
+    utc_offset_min: Annotated[int, msgspec.Meta(ge=-1440, le=1440)] = 0  #: of a moment: its clock less UTC
     overlap: bool = False  #: it shares registers with another point, and that is meant
     writable: bool = False
     read_back: bool = True  #: of a written point; false for a command register that reads otherwise
@@ -201,8 +201,6 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
             return wrong
         if point.type is not ValueType.STR and point.length is not None and point.encoding is None:
             return "length: needed by a str, and only there; remove it"
-    if point.utc_offset_min and point.encoding not in codec.DATES:
-        return "utc_offset_min: only dates have a time zone; remove it"
     if point.register_not_available and point.scale_register is None:
         return "register_not_available: only with a scale_register; say not_available"
     if point.writable and point.table in (Table.INPUT, Table.DISCRETE):
