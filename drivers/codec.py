@@ -386,14 +386,14 @@ def masks(value: Value, field: Field) -> tuple[int, int]:
     return most << field.bit, int(number) << field.bit
 
 
-def scaled(raw: int, exponent: int, field: Field) -> Turned:
-    """A number with its exponent of 10 from the scale register."""
+def scaled(raw: int, exponent: int, sentinels: frozenset[float]) -> Turned:
+    """A number with its exponent of 10 from the scale register; `sentinels_of` its field."""
     number, reason = None, None
     if LEAST_EXPONENT <= exponent <= GREATEST_EXPONENT:
         number = float(raw * 10**exponent) if exponent >= 0 else raw / 10**-exponent
     else:
         reason = Reason.SENTINEL if exponent == _NO_EXPONENT else Reason.DECODE
-    if raw in _sentinels_of(field):
+    if raw in sentinels:
         reason = Reason.SENTINEL
     return number, reason
 
@@ -406,7 +406,7 @@ def unscaled(value: Value, exponent: int, field: Field) -> tuple[bytes, float]:
         raise ValueError(f"the scale register holds {exponent}, which is no exponent")
     raw = round(value / 10**exponent if exponent >= 0 else value * 10**-exponent)
     holds = ValueType(field.encoding or Encoding.I16)
-    if raw in _sentinels_of(field):
+    if raw in sentinels_of(field):
         raise ValueError(f"{value!r} would be stored as {raw}, the device's code for no value")
     try:
         number = fitting(raw, holds)
@@ -558,7 +558,8 @@ def _turn_of(field: Field) -> Turn | None:
     if encoding is None:
         return None
     if encoding in _SCALED:
-        return functools.partial(_scaled, field=field)
+        unpack = struct.Struct(f">{_CODES[ValueType(encoding)]}h").unpack
+        return functools.partial(_scaled, unpack=unpack, sentinels=sentinels_of(field))
     if encoding in DATES or encoding in _EPOCHS:
         return functools.partial(
             _instant, encoding=encoding, offset_s=60 * field.utc_offset_min, whole=type_ is ValueType.I64
@@ -608,18 +609,14 @@ def _mod10000(raw: bytes, *, code: str) -> Turned:
     return functools.reduce(lambda number, part: number * _MOD + part, parts, 0), None
 
 
-def _scaled(raw: bytes, *, field: Field) -> Turned:
-    signed = field.encoding in (Encoding.I16, Encoding.I32, Encoding.I64)
-    return scaled(
-        int.from_bytes(raw[:-_WORD], "big", signed=signed),
-        int.from_bytes(raw[-_WORD:], "big", signed=True),
-        field,
-    )
+def _scaled(raw: bytes, *, unpack: Callable[[bytes], tuple[int, int]], sentinels: frozenset[float]) -> Turned:
+    number, exponent = unpack(raw)
+    return scaled(number, exponent, sentinels)
 
 
-@functools.cache
-def _sentinels_of(field: Field) -> frozenset[float]:
-    """A signed number's may be given as a bit pattern (0x8000 for -32768)."""
+def sentinels_of(field: Field) -> frozenset[float]:
+    """What the registers of a scaled number hold for "no value". A signed number's may be given as a bit pattern
+    (0x8000 for -32768)."""
     if field.encoding is None:
         return frozenset()
     high = limits_of(ValueType(field.encoding))[1]

@@ -93,7 +93,7 @@ class _Pair(msgspec.Struct, frozen=True):
 
     point: int
     scale: int
-    field: codec.Field
+    sentinels: frozenset[float]
 
 
 class _Asked(msgspec.Struct):
@@ -460,7 +460,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             if raw is None:
                 continue
             if isinstance(raw, int) and isinstance(exponent, int) and exponent == now:
-                values[pair.point], reason = codec.scaled(raw, exponent, pair.field)
+                values[pair.point], reason = codec.scaled(raw, exponent, pair.sentinels)
             else:
                 failed = reasons.get(pair.scale) or again.reasons.get(pair.scale)
                 values[pair.point], reason = None, failed or Reason.DECODE
@@ -492,7 +492,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             elif both.count <= self._limits.max_registers and self._limits.forbids(both) is None:
                 spans[i] = both
                 continue
-            pairs.append(_Pair(i, len(spans), fields[i]))
+            pairs.append(_Pair(i, len(spans), codec.sentinels_of(fields[i])))
             order = "BA" if codec.swaps_bytes(fields[i].order) else "AB"
             spans.append(Span(point.table, point.scale_register))
             fields.append(codec.Field(at=2 * point.scale_register, type=ValueType.I16, order=order))

@@ -12,6 +12,7 @@ import resource
 import struct
 
 import msgspec
+import pytest
 
 from drivers.codec import DATES, INSTANTS, Encoding, Field, RegisterDecoder, encode, is_part, what_is_wrong
 from drivers.contract import Reason, Value, ValueType
@@ -75,6 +76,7 @@ def fits(value: Value, type_: ValueType) -> bool:
     return math.isfinite(value)
 
 
+@pytest.mark.timeout(60 + INPUTS / 5000)
 def test_any_registers_give_each_field_a_value_of_its_type_or_a_reason() -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     print("seed", seed)
