@@ -78,7 +78,7 @@ def examine(file: Path, state_dir: Path | None, *, with_cloud: bool = True) -> I
     yield from judge_disk(
         disk_facts(folder), user, max_mb=buffer.max_mb, free_mb=buffer.free_disk_mb, held_bytes=held
     )
-    ports = port_facts(_ports_wanted(checked.config))
+    ports = port_facts(_ports_wanted(checked))
     for port in ports:
         yield from judge_port(port, user)
     if not ports:
@@ -197,13 +197,19 @@ def disk_facts(folder: Path) -> DiskFacts:
     )
 
 
-def _ports_wanted(config: Agent | None) -> dict[str, list[str]]:
-    """Port name -> devices, for every option of a device that names a file under /dev."""
+def _ports_wanted(checked: Checked) -> dict[str, list[str]]:
+    """Port name -> devices: what a device names under /dev, and the line that its driver says it needs."""
     wanted: dict[str, list[str]] = {}
-    for device in () if config is None else config.device:
+    seen: set[tuple[str, str]] = set()
+    for device in () if checked.config is None else checked.config.device:
         for value in device.options.values():
             if isinstance(value, str) and value.startswith("/dev/"):
                 wanted.setdefault(value, []).append(device.name)
+                seen.add((os.path.realpath(value), device.name))
+    for made in checked.devices:
+        claim = made.driver.line()
+        if claim is not None and claim.key.startswith("/") and (claim.key, made.plan.name) not in seen:
+            wanted.setdefault(claim.key, []).append(made.plan.name)
     return wanted
 
 

@@ -441,3 +441,20 @@ def test_the_command_speaks_json(tmp_path: Path) -> None:
         f["check"] for f in told["findings"]
     }
     assert done.exit_code == (1 if told["errors"] else 0)
+
+
+def test_a_port_is_looked_at_by_whatever_name_a_device_gives_it(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        (tmp_path / "meter").symlink_to(os.ttyname(theirs))
+        file = config_file(tmp_path, 1)
+        file.write_text(
+            file.read_text()
+            + f'[[device]]\nname = "meter"\ndriver = "modbus"\n[device.options]\nserial = "{tmp_path / "meter"}"\n'
+            '[[device.point]]\nname = "u"\nregister = 0\n'
+        )
+        words = [f.text for f in examine(file, None, with_cloud=False) if f.check == "port"]
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert any("(for meter)" in text for text in words), words
