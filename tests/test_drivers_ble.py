@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from drivers import ble, ble_radio, conformance
+from drivers.advert_formats import PROPERTIES
 from drivers.ble import BleDriver, BleOptions, BlePoint
 from drivers.contract import (
     ConfigError,
@@ -28,6 +29,7 @@ from drivers.contract import (
     boot_ns,
     engineering,
 )
+from drivers.registry import TableError, build
 from drivers.scan_queue import ScanQueue
 from tests.fakes.bluez import BTHOME_UUID, FakeBlueZ, PrivateBus, private_bus
 
@@ -504,6 +506,31 @@ async def test_a_key_file_that_cannot_be_used_is_refused(
     assert KEY not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (KEY[:-2], "32 hexadecimal digits .*it holds 30 characters"),
+        (KEY[:24], "it holds 24 characters"),
+        (KEY[:-1] + "g", "characters that are no such digits"),
+        ("", "it holds 0 characters"),
+    ],
+)
+def test_a_key_of_the_wrong_length_or_form_is_refused_by_the_check_of_the_configuration(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    path = tmp_path / "key"
+    path.write_text(text + "\n")
+    with pytest.raises(TableError, match=f"device 'room' options.key_file {path}: .*{why}") as refused:
+        build("room", "ble", {"address": A, "key_file": str(path)}, [{"name": "t", "object": "temperature"}])
+    assert refused.value.path == "options"
+    assert not text or text not in str(refused.value)
+
+
+def test_the_sample_names_every_property_there_is() -> None:
+    words = set(re.findall(r"[a-z_0-9]+", (Path(ble.__file__).with_suffix(".toml")).read_text()))
+    assert set(PROPERTIES) <= words
+
+
 async def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         await sensor("temperature", key_file=str(tmp_path / "none")).connect()
@@ -520,6 +547,13 @@ async def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"stale_after_s": -1}, {"object": "temperature"}, "allowed is 0 to"),
         ({}, {"object": "temperatures"}, "unknown object 'temperatures'; did you mean 'temperature'"),
         ({}, {"object": "rssi_2"}, "unknown object"),
+        ({"format": "ruuvi"}, {"object": "battery"}, "RuuviTag has no object 'battery'; .*pvvx.* has it"),
+        ({"format": "ruuvi"}, {"object": "temprature"}, "did you mean 'temperature'"),
+        (
+            {"format": "ruuvi", "key_file": "/k"},
+            {"object": "voltage"},
+            "key_file: RuuviTag is never encrypted",
+        ),
         ({}, {"object": "temperature", "type": "u8"}, "temperature is i32; leave type out"),
         ({}, {"object": "door", "scale": 2.0}, "scale and offset mean nothing"),
     ],
