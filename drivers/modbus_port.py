@@ -148,6 +148,8 @@ def open_tty(address: SerialPort, protocol_factory: Callable[[], asyncio.Protoco
     """Open this machine's port. Raises `DeviceUnreachable`, `ConfigError`."""
     import serial
 
+    if address.data_bits not in (7, 8) or address.parity not in ("N", "E", "O"):
+        raise _refused(address, "Modbus has 7 or 8 data bits and parity N, E or O")
     try:
         port = serial.Serial(
             address.device,

@@ -33,6 +33,7 @@ _MBAP: Final = struct.Struct(">HHHB")  #: transaction, protocol (0), bytes that 
 _MBAP_SIZE: Final = 7
 _LENGTH_AT: Final = 6  #: the length counts what follows it: unit and PDU
 _MAX_ADU: Final = 260  #: Modbus messaging on TCP/IP 1.0b, 4.1
+_MAX_PDU: Final = 253  #: Modbus application protocol 1.1b3, 4.1
 _BUFFER_SIZE: Final = 4 * _MAX_ADU
 _MAX_ASCII: Final = 513  #: Modbus over serial line 1.02, 2.5.2.1
 _MOST_READS: Final = 64  #: of a flush
@@ -50,6 +51,10 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     reply_size: int  #: bytes of the reply's PDU; 0: the device decides (identification, 43/14)
     timeout_s: float
     latest_s: float  #: without transactions: no reply comes later than this after the request
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unit <= 255 or not 1 <= len(self.pdu) <= _MAX_PDU or self.timeout_s <= 0:
+            raise ValueError(f"no such request: unit {self.unit}, {len(self.pdu)} bytes, {self.timeout_s} s")
 
 
 class Failure(msgspec.Struct, frozen=True, gc=False):

@@ -291,6 +291,17 @@ async def test_a_user_that_goes_away_while_it_waits_or_asks_leaves_the_line_to_t
         assert peer.requests == 4
 
 
+@pytest.mark.parametrize(
+    ("unit", "pdu", "timeout_s"),
+    [(256, b"x", 1), (-1, b"x", 1), (1, b"", 1), (1, b"x", 0), (1, bytes(254), 1)],
+)
+def test_a_request_that_no_frame_can_carry_is_refused_when_it_is_made(
+    unit: int, pdu: bytes, timeout_s: float
+) -> None:
+    with pytest.raises(ValueError, match="no such request"):
+        Request(unit, pdu, b"x", 2, timeout_s, 1.0)
+
+
 # ------------------------------------------------------------------------------------------ names of a port
 
 
@@ -350,7 +361,14 @@ async def test_a_port_that_another_program_holds_is_refused_and_the_program_name
 
 @pytest.mark.parametrize(
     ("settings", "refused"),
-    [((8, "N", 1), False), ((8, "E", 1), True), ((7, "N", 1), True), ((8, "N", 2), False)],
+    [
+        ((5, "N", 1), True),
+        ((8, "M", 1), True),
+        ((8, "N", 1), False),
+        ((8, "E", 1), True),
+        ((7, "N", 1), True),
+        ((8, "N", 2), False),
+    ],
 )
 async def test_a_port_that_silently_drops_a_setting_is_refused(
     settings: tuple[int, str, int], refused: bool
