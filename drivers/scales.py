@@ -121,6 +121,12 @@ class _ToledoFramer(SlidingFramer):
         return size, frame[1:16]
 
 
+def toledo_frames(data: bytes, counts: LineCounts, *, checked: bool) -> list[bytes]:
+    """The frames in what was heard that read as weighings."""
+    cuts = _ToledoFramer(counts, checked=checked).feed(data, 1)
+    return [body for body, _ in cuts if isinstance(body, bytes) and isinstance(toledo(body), Weighing)]
+
+
 # ------------------------------------------------------------------------------------------------ A&D, CAS
 
 _STATES: Final = {b"ST": True, b"QT": True, b"US": False, b"OL": None}
