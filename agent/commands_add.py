@@ -115,7 +115,7 @@ def option_of(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise Cannot(f"--option {text!r} is not KEY=VALUE")
-    return key.strip(), _value(key.strip(), value)
+    return key.strip(), _value(value)
 
 
 def point_of(text: str) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def point_of(text: str) -> dict[str, Any]:
             key, value = "name", key
         if key in table:
             raise Cannot(f"--point {text!r}: {key} is given twice")
-        table[key] = _value(key, value)
+        is_word = key in _WORDS and not value.strip().startswith(('"', "'"))
+        table[key] = value.strip() if is_word else _value(value)
     if not table.get("name"):
         raise Cannot(f"--point {text!r} has no name; it comes first: 'voltage,register=0'")
     return table
@@ -158,11 +159,9 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def _value(key: str, text: str) -> Any:
+def _value(text: str) -> Any:
     """As TOML has it; a word where it is none."""
     text = text.strip()
-    if key in _WORDS and not text.startswith(('"', "'")):
-        return text
     try:
         return parse_toml(f"value = {text}")["value"]
     except (ConfigFileError, KeyError):
@@ -223,7 +222,7 @@ async def _add(
             else:
                 config_edit.save(way.file, old, new)
                 told.written = True
-                say(f"{way.file}: {name} is in.")
+                say(f"{name} is written into {way.file}.")
                 await _take_up(field, device, told, say, warn)
     except (EditError, ConfigFileError) as err:
         raise Cannot(str(err)) from err

@@ -75,7 +75,7 @@ def probe(
     With --expect the register, type, order and scale that show the value are found, in the holding and the input
     registers, and the `headgate add` line is written. Write the value as the display shows it: its digits tell how
     exact it is. Without --registers the whole device is searched, likely places first; Ctrl-C ends the search and
-    shows what was found.
+    shows what was found. Exit 1 if a value is shown by no register exactly.
     """
     technician.run(
         _probe(
@@ -117,6 +117,8 @@ async def _probe(
                 raise
             task.uncancel()
             session.stopped = True
+        if not session.answers:
+            raise session.nobody()
         if not session.has_any:
             raise Trouble(
                 f"{address}, unit {unit} answers, and has no {' or '.join(searched)} registers here"
@@ -138,7 +140,7 @@ async def _tell(
             technician.say(technician.as_json(_told_matches(session, wanted, found)))
         else:
             _show_matches(session, wanted, found)
-        return technician.OK if all(found.values()) else technician.TROUBLE
+        return technician.OK if all(one and one[0].exact for one in found.values()) else technician.TROUBLE
     moves = await session.moving(seconds) if seconds else set()
     if as_json:
         technician.say(technician.as_json(_told_registers(session, moves, watched=bool(seconds))))
@@ -232,15 +234,17 @@ class _Session:
         if not self._answers:
             self._silences += 1
             if self._silences >= _SILENT or reply.code:
-                raise Trouble(
-                    f"{self.address}, unit {self.unit}: {technician.why_not(reply)}; `"
-                    + technician.command_line("headgate", "scan", "modbus", *self._where())
-                    + "` finds what answers, and how"
-                )
+                raise self.nobody(technician.why_not(reply))
         return hunt.Outcome.SILENCE if reply.reason is Reason.TIMEOUT else hunt.Outcome.TROUBLE
 
-    def _where(self) -> list[str]:
-        return technician.words_of(self.address)[:2]
+    @property
+    def answers(self) -> int:
+        """Requests that the device answered, if only to refuse."""
+        return self._answers
+
+    def nobody(self, why: str = "no answer") -> Trouble:
+        scan = technician.command_line("headgate", "scan", "modbus", *technician.words_of(self.address)[:2])
+        return Trouble(f"{self.address}, unit {self.unit}: {why}; `{scan}` finds what answers, and how")
 
     async def read(self, ranges: Sequence[hunt.Ask]) -> None:
         """What stands in these ranges, around their holes."""
@@ -424,7 +428,8 @@ def _told_matches(
 
 def _show_matches(session: _Session, wanted: dict[str, Expected], found: dict[str, list[Match]]) -> None:
     have = sum(map(len, session.words.values()))
-    technician.say(technician.cut(f"{session.address}, unit {session.unit}: {have} registers read"))
+    for line in technician.wrapped(f"{session.address}, unit {session.unit}: {have} registers read"):
+        technician.say(line)
     for name, expected in wanted.items():
         matches = found[name]
         technician.say()
@@ -549,7 +554,8 @@ def _told_registers(session: _Session, moves: set[tuple[Table, int]], *, watched
 def _show_registers(
     session: _Session, moves: set[tuple[Table, int]], *, everything: bool, watched: bool
 ) -> None:
-    technician.say(technician.cut(f"{session.address}, unit {session.unit}"))
+    for line in technician.wrapped(f"{session.address}, unit {session.unit}"):
+        technician.say(line)
     for table, words in session.words.items():
         if not words:
             continue

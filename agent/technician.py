@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import shlex
 import signal
@@ -226,7 +227,11 @@ def host_port(text: str, framing: str = "tcp") -> HostPort:
         port = rest.removeprefix(":") or port
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
-    if not host or not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65535:
+    try:
+        known = ":" not in host or bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        known = False
+    if not host or not known or not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise Cannot(f"{text!r} is not a host, nor host:port")
     return HostPort(host, int(port), cast(Literal["tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"], framing))
 

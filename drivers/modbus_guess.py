@@ -438,8 +438,8 @@ FARTHEST: Final = 0.05  #: of the value: what the display may be away from the r
 _LOG_FARTHEST: Final = math.log10(1 + FARTHEST)
 _POWERS: Final = range(-3, 5)  #: raw = value * 10**power
 _TYPE_PRIOR: Final = {
-    Kind.U16: 0.30, Kind.I16: 0.25, Kind.F32: 0.20, Kind.U32: 0.10, Kind.I32: 0.10, Kind.F64: 0.02, Kind.U64: 0.01,
-    Kind.I64: 0.012, Kind.BCD16: 0.005, Kind.BCD32: 0.005,
+    Kind.U16: 0.30, Kind.I16: 0.25, Kind.F32: 0.20, Kind.U32: 0.10, Kind.I32: 0.10, Kind.F64: 0.02, Kind.U64: 0.003,
+    Kind.I64: 0.004, Kind.BCD16: 0.005, Kind.BCD32: 0.005,
 }  # fmt: skip
 _ORDER_PRIOR: Final = {"ABCD": 0.6, "CDAB": 0.3, "BADC": 0.05, "DCBA": 0.05}
 _EVIDENCE_OF_LAYOUT: Final = 1.5  #: digits: neighbours laid out alike
@@ -515,6 +515,8 @@ def _matches(observation: Observation) -> dict[_Place, _Seen]:
                         evidence, off = _evidence(
                             expected, history, kind, power, run[i : i + kind.registers], order
                         )
+                        if off and kind in (Kind.BCD16, Kind.BCD32):
+                            continue  # so rare that only the very digits speak for it
                         found[table, first + i, kind, order, power] = (
                             evidence, off, value, min(history) != max(history),
                         )  # fmt: skip
@@ -579,14 +581,13 @@ def _evidence(
         return math.log10(space / patterns) - common - doubt, off
     patterns = max(1.0, 2 * slack * unit)
     # Small numbers are far commoner than large ones: as often 1 to 9 as 1,000 to 9,999 (Benford's law).
-    commonness = max(2.0**-16, 1 / (_LN_WORD * max(1.0, abs(wanted * unit))))
-    bits = -math.log2(commonness)
+    size = max(1.0, abs(wanted * unit))
+    bits = min(16.0, math.log2(_LN_WORD * size))
     ordered = words if order in ("ABCD", "BADC") else words[::-1]
     # High words that are nothing but sign say nothing; others must be right too, though small ones are common.
     idle = (0, 0xFFFF) if kind.is_signed else (0,)
-    for high_word in ordered[:-1]:
-        if high_word not in idle:
-            bits += 8.0
+    if any(word not in idle for word in ordered[:-1]):
+        bits = min(16.0 * kind.registers, math.log2(kind.registers * _LN_WORD * size))
     if kind in (Kind.BCD16, Kind.BCD32):
         bits -= 2.0
     if wanted == 0:

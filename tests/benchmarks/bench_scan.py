@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -122,20 +123,20 @@ async def _hosts(folder: Path) -> None:
                         filler.setblocking(False)
                         filler.connect_ex((address, port))
             elif last % 10 == 0:
-                server = await asyncio.start_server(_device, address, port)
+                server = await asyncio.get_running_loop().create_server(_Device, address, port)
                 stack.callback(server.close)
         wanted = commands_scan.Wanted(networks=("127.0.0.0/24",), tcp_port=port, turnaround_s=TURNAROUND_S)
         await scan(wanted, folder)
 
 
-async def _device(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+class _Device(asyncio.Protocol):
     """Knows no function, and says so."""
-    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-        while True:
-            head = await reader.readexactly(7)
-            pdu = await reader.readexactly(int.from_bytes(head[4:6]) - 1)
-            writer.write(head[:4] + b"\0\3" + head[6:] + bytes([pdu[0] | 0x80, 1]))
-    writer.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(data[:4] + b"\0\3" + data[6:7] + bytes([data[7] | 0x80, 1]))
 
 
 def _free_port() -> int:

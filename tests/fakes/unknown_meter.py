@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 import tty
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,11 +174,29 @@ def crc16(data: bytes) -> bytes:
     return struct.pack("<H", crc)
 
 
-class OnPty:
-    """The meter at the far end of a serial line. `link` is the port's name."""
+def plain(registers: dict[int, int]) -> Callable[[bytes], bytes]:
+    """A device with these holding registers and nothing else; a register that is written holds what was written."""
 
-    def __init__(self, meter: UnknownMeter, link: Path) -> None:
-        self.meter = meter
+    def answer(pdu: bytes) -> bytes:
+        first, count = struct.unpack(">HH", pdu[1:])
+        if pdu[0] == 6 and first in registers:
+            registers[first] = count
+            return pdu
+        if pdu[0] != HOLDING:
+            return bytes([pdu[0] | 0x80, 1])
+        found = [registers.get(address) for address in range(first, first + count)]
+        if None in found:
+            return bytes([pdu[0] | 0x80, 2])
+        return bytes([pdu[0], 2 * count]) + struct.pack(f">{count}H", *(word or 0 for word in found))
+
+    return answer
+
+
+class OnPty:
+    """Devices at the far end of a serial line: unit -> answer to a request's PDU. `link` is the port's name."""
+
+    def __init__(self, units: dict[int, Callable[[bytes], bytes]], link: Path) -> None:
+        self.units = units
         self.link = link
         self.requests = 0
         self._buffer = b""
@@ -203,14 +222,15 @@ class OnPty:
                 continue
             self._buffer = self._buffer[8:]
             self.requests += 1
-            if frame[0] == self.meter.unit:
-                body = bytes([frame[0]]) + self.meter.answer(frame[1:6])
+            answer = self.units.get(frame[0])
+            if answer is not None:
+                body = frame[:1] + answer(frame[1:6])
                 os.write(self._master, body + crc16(body))
 
 
 async def _serve(seed: int, link: Path, display_file: Path | None, *, moving: bool) -> None:
     meter = UnknownMeter(seed, moving=moving)
-    served = OnPty(meter, link)
+    served = OnPty({meter.unit: meter.answer}, link)
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
