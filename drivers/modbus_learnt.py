@@ -22,7 +22,7 @@ from drivers.modbus_plan import Span, Table
 
 FIRST_TRIAL_S: Final = 60.0
 LAST_TRIAL_S: Final = 86_400.0
-_MOST: Final = 20_000  #: entries taken from a file
+_MOST: Final = 1_000  #: of either that are remembered; what is beyond is found anew
 _VERSION: Final = 1
 
 
@@ -93,15 +93,15 @@ class Learnt:
         self._new = True
 
     def remembered(self) -> bytes | None:
-        """All of it, if anything is new since the last call."""
+        """What there is, if anything is new since the last call; at most 60 kB."""
         if not self._new:
             return None
         self._new = False
         refused = [
             (span.table, span.first, span.count, int(trial.reason), trial.wait_s)
-            for span, trial in self.refused.items()
+            for span, trial in list(self.refused.items())[:_MOST]
         ]
-        return msgspec.msgpack.encode(_Kept(_VERSION, self.about, refused, sorted(self.cuts)))
+        return msgspec.msgpack.encode(_Kept(_VERSION, self.about, refused, sorted(self.cuts)[:_MOST]))
 
     def recall(self, remembered: bytes, now_s: float) -> None:
         """What `remembered` gave. A trial is due after the first wait, however long the last one was: the process may
@@ -110,12 +110,12 @@ class Learnt:
             kept = msgspec.msgpack.decode(remembered, type=_Kept)
         except (msgspec.MsgspecError, ValueError):  # the latter for text that is not UTF-8
             return
-        if kept.version != _VERSION or kept.about != self.about or len(kept.refused) + len(kept.cuts) > _MOST:
+        if kept.version != _VERSION or kept.about != self.about:
             return
-        for table, first, count, reason, wait_s in kept.refused:
+        for table, first, count, reason, wait_s in kept.refused[:_MOST]:
             known = reason in Reason._value2member_map_
             if known and FIRST_TRIAL_S <= wait_s <= LAST_TRIAL_S and first >= 0 and count > 0:
                 self.refused[Span(table, first, count)] = Refused(
                     Reason(reason), wait_s, now_s + FIRST_TRIAL_S
                 )
-        self.cuts.update(kept.cuts)
+        self.cuts.update(kept.cuts[:_MOST])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pymodbus.constants import ExcCodes
 
 from agent.validation import Rules
-from drivers import modbus
+from drivers import conformance, modbus
 from drivers.contract import (
     ConfigError,
     DeviceUnreachable,
@@ -35,7 +35,7 @@ from drivers.modbus_line import Line
 from drivers.modbus_plan import Cost, Table
 from drivers.registry import build
 from tests.fakes.modbus_peer import Peer, ScriptedSlave, ScriptedTcp, Unit, rtu_peer, tcp_peer
-from tests.fakes.modbus_wilful import WilfulTcp
+from tests.fakes.modbus_wilful import Whim, WilfulTcp
 
 FLOAT = list(struct.unpack(">HH", struct.pack(">f", 3.5)))
 
@@ -853,6 +853,60 @@ def test_a_point_that_cannot_work_is_refused_by_name(keys: dict[str, object], wh
 def test_options_that_cannot_work_are_refused(options: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         build("boiler", "modbus", options, registers(0))
+
+
+# ------------------------------------------------------------------------------------------ conformance
+
+
+@pytest.mark.headgate_driver(kind=ModbusDriver)
+async def test_the_driver_conforms(headgate_check: conformance.Check) -> None:
+    held = list(range(1, 301))
+    points = [point("a", 0), point("b", 2, "u32"), point("c", 200), point("read_only", 100, "f32")]
+
+    def change() -> None:
+        held[:] = [value % 60_000 + 1 for value in held]
+
+    def truth() -> dict[str, Value]:
+        raw = struct.pack(">300H", *held)
+        return {
+            "a": held[0],
+            "b": int.from_bytes(raw[4:8], "big"),
+            "c": held[200],
+            "read_only": struct.unpack(">f", raw[200:204])[0],
+        }
+
+    async with WilfulTcp(held) as peer, WilfulTcp([0]) as gone:
+        await gone.unplug()
+
+        def make(port: int) -> ModbusDriver:
+            driver = build("x", "modbus", {"host": "127.0.0.1", "port": port, "timeout_ms": 100}, points)
+            assert isinstance(driver, ModbusDriver)
+            return driver
+
+        def answering(whim: Whim) -> conformance.Fault:
+            return conformance.Fault(
+                lambda: setattr(peer, "judge", lambda function, address, count: whim),
+                lambda: setattr(peer, "judge", None),
+            )
+
+        await headgate_check(
+            conformance.Subject(
+                build=lambda: make(peer.port),
+                absent=lambda: make(gone.port),
+                change=change,
+                truth=truth,
+                silence=answering("silent"),
+                faults={
+                    "unplugged": conformance.Fault(peer.unplug, peer.plug),
+                    "busy": answering(6),
+                    "failing": answering(4),
+                    "behind a gateway": answering(11),
+                    "hanging up": answering("hangup"),
+                    "starting up": answering(2),
+                },
+                peer_files=("*/modbus_wilful.py",),
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------ properties

@@ -11,6 +11,9 @@ Whim: TypeAlias = int | Literal["silent", "deaf", "hangup"] | None
 """An exception code; no answer, nothing done; done, and no answer; done, and the connection closed; as it should."""
 
 
+_MOST_ASKED = 10_000  #: are noted
+
+
 class WilfulTcp:
     """Holding registers alone (functions 3, 6, 16, 22); `asked` is every request as (function, address, count)."""
 
@@ -27,16 +30,25 @@ class WilfulTcp:
         return [asked for asked in self.asked if asked[0] != 3]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        await self.plug()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        assert self._server is not None
-        self._server.close()
+        await self.unplug()
+
+    async def plug(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def unplug(self) -> None:
+        """The connections are cut, and new ones refused."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
         for writer in list(self._writers):
             writer.transport.abort()
-        await self._server.wait_closed()
+        await server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -59,7 +71,8 @@ class WilfulTcp:
     def _answer(self, pdu: bytes) -> bytes | None:
         function, address = pdu[0], struct.unpack(">H", pdu[1:3])[0]
         count = struct.unpack(">H", pdu[3:5])[0] if function in (3, 16) else 1
-        self.asked.append((function, address, count))
+        if len(self.asked) < _MOST_ASKED:
+            self.asked.append((function, address, count))
         whim = self.judge(function, address, count) if self.judge else None
         if isinstance(whim, int):
             return bytes([function | 0x80, whim])
