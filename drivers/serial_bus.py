@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Final
 
 from drivers.contract import ConfigError, DeviceUnreachable, boot_ns
+from drivers.port_key import port_key
 from drivers.serial_port import (
     READ_BYTES,
     RETRY_WITHIN_S,
@@ -282,7 +283,7 @@ _buses: dict[tuple[int, str], Bus] = {}
 def join(port: str, settings: PortSettings) -> Bus:
     """The bus on this port, until `leave`. Raises `DeviceUnreachable` where the port's name leads nowhere, and
     `ConfigError` where others use the port with other settings."""
-    key = (id(asyncio.get_running_loop()), os.path.realpath(resolve(port)))
+    key = (id(asyncio.get_running_loop()), port_key(resolve(port)))
     bus = _buses.get(key)
     if bus is None:
         bus = _buses[key] = Bus(key, port, settings)

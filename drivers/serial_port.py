@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from drivers.contract import ConfigError, DeviceUnreachable, LineClaim
+from drivers.port_key import port_key
 
 if TYPE_CHECKING:
     import serial
@@ -239,8 +240,8 @@ def line_of(port: str, settings: str, *, shared: bool) -> LineClaim:
     except ConfigError as exc:
         raise ConfigError(f"options.port {port}: {exc}") from exc
     if name is None:
-        return LineClaim(os.path.realpath(port), settings, shared)
-    return LineClaim(found.device if found is not None else port.lower(), settings, shared)
+        return LineClaim(port_key(port), settings, shared)
+    return LineClaim(port_key(found.device) if found is not None else port.lower(), settings, shared)
 
 
 # ----------------------------------------------------------------------------------------------------------- opening

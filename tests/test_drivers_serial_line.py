@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import sys
+import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -563,6 +564,85 @@ async def test_binary_byte_by_byte(instrument: SerialInstrument) -> None:
     async with opened(binary_driver(instrument)) as scans:
         await instrument.send_slowly(binary_frame(77, 7.0, 7))
         assert (await following(scans)).values == [77, 7.0, 7]
+
+
+# --------------------------------------------------------------------------------------------------- other framings
+
+
+def gap_driver(instrument: SerialInstrument, *, gap_ms: int = 60) -> SerialLineDriver:
+    options = SerialLineOptions(
+        port=instrument.port,
+        framing="gap",
+        content="binary",
+        gap_ms=gap_ms,
+        layout=">BBBHxx",  # unit, function, size, value
+        stale_after_s=0,
+    )
+    return SerialLineDriver("gap", options, [P(name="value", type=ValueType.U16, item=4)])
+
+
+def gap_frame(value: int) -> bytes:
+    return struct.pack(">BBBHxx", 1, 3, 2, value)
+
+
+async def test_silence_parts_frames_and_their_time_is_that_of_their_last_byte(
+    instrument: SerialInstrument,
+) -> None:
+    driver = gap_driver(instrument)
+    async with opened(driver) as scans:
+        await asyncio.sleep(0.15)  # the silence under test
+        before_ns = boot_ns()
+        instrument.send(gap_frame(7)[:3])
+        instrument.send(gap_frame(7)[3:])
+        scan = await following(scans)
+        assert scan.values == [7]
+        assert before_ns < scan.taken_at_ns < boot_ns() - 50_000_000  # known only when the silence was over
+        instrument.send(gap_frame(8))
+        assert (await following(scans)).values == [8]
+        instrument.noise(gap_frame(9)[:-1])
+        assert (await following(scans)).reasons == {0: Reason.FRAMING}
+
+
+async def test_halves_that_nobody_saw_apart_are_never_joined(instrument: SerialInstrument) -> None:
+    """Two halves with silence between them, while the event loop looks elsewhere."""
+    driver = gap_driver(instrument)
+    async with opened(driver) as scans:
+        await asyncio.sleep(0.15)
+        instrument.noise(gap_frame(0x1111)[:4])
+        await until(lambda: driver._framer.partial)
+        time.sleep(0.2)  # noqa: ASYNC251 - blocks the loop on purpose
+        instrument.noise(gap_frame(0x2222)[4:])
+        assert (await following(scans)).reasons == {0: Reason.FRAMING}
+        await asyncio.sleep(0.2)
+        instrument.send(gap_frame(5))
+        assert (await following(scans)).values == [5]
+    assert driver.counts.frames == 1
+
+
+async def test_a_scale_in_motion_is_doubtful_on_the_line_too(instrument: SerialInstrument) -> None:
+    options = SerialLineOptions(port=instrument.port, protocol="and", stale_after_s=0)
+    driver = SerialLineDriver(
+        "scale", options, [P(name="weight", unit="g"), P(name="stable", type=ValueType.BOOL)]
+    )
+    async with opened(driver) as scans:
+        instrument.noise(b"\nUS,-000183.96  g\r\nST,+000081.72  g\r\nOL,+999999.9  g\r\n")
+        got = [await following(scans) for _ in range(3)]
+    assert [scan.values for scan in got] == [[-183.96, False], [81.72, True], [999999.9, None]]
+    assert [dict(scan.reasons) for scan in got] == [
+        {0: Reason.DEVICE_DOUBT},
+        {},
+        {0: Reason.DEVICE_FAULT, 1: Reason.MISSING},
+    ]
+
+
+async def test_a_pattern_that_would_backtrack_for_ever_holds_nobody_up(instrument: SerialInstrument) -> None:
+    options = SerialLineOptions(port=instrument.port, pattern=r"(?P<x>(a+)+)$", stale_after_s=0)
+    point = P(name="x", type=ValueType.STR, line=r"(a|aa)+")
+    driver = SerialLineDriver("evil", options, [point])
+    async with opened(driver) as scans:
+        instrument.noise(b"\n" + b"a" * 200 + b"!\n" + b"aaa\n")
+        assert (await following(scans)).reasons == {0: Reason.FRAMING}
+        assert (await following(scans)).values == ["aaa"]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
