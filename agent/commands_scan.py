@@ -291,6 +291,10 @@ def _next_steps(number: int, one: FoundDevice) -> list[str]:
         return [*steps, *([line] if (line := add_line(one)) and len(line) <= technician.WIDTH - 3 else [])]
     if one.address_ is not None:
         return [f"headgate probe --found {number} --expect 230.5    (a value off its display)"]
+    if one.found.driver == "modbus":
+        return [f"headgate scan modbus --port {one.found.address}"]
+    if one.found.driver and one.found.options:
+        return [f"headgate add NAME --found {number} --point ...    ({one.found.driver}.toml says what)"]
     return []
 
 
@@ -741,12 +745,19 @@ async def _serial(search: Search, ports: Sequence[str], seconds: float, *, ask: 
         raise Trouble("there is no serial port here; plug the adapter in, and look at `dmesg`")
     for port in chosen:
         line = held.get(SerialPort(port.device, 9600, "N", 1).key)
+        name = port.description or port.device
+        where = f"{port.stable} ({port.device})" if port.stable != port.device else port.device
         if line is not None:
-            search.note(f"{port.stable} is in use by {', '.join(line.devices)} ({line.claim.settings})")
-            continue
-        search.tell(f"{port}: {port.description}")
-        async for one in survey_port(port, seconds, ask=ask, tell=search.note):
-            search.take(FoundDevice(what=one.description, where=str(port), found=one))
+            text = f"{name}: in use by {', '.join(line.devices)} ({line.claim.settings})"
+            one = Found(driver="", address=port.stable, description=text, likelihood=0.0)
+        else:
+            search.tell(f"{port.stable}: listening")
+            try:
+                one = await survey_port(port, seconds, ask=ask, tell=search.tell)
+            except DriverError as err:
+                search.failed += 1
+                one = Found(driver="", address=port.stable, description=f"{name}: {err}", likelihood=0.0)
+        search.take(FoundDevice(what=one.description, where=where, found=one))
 
 
 async def _ble(search: Search, seconds: float) -> None:
