@@ -52,6 +52,7 @@ from drivers.registry import AnyDriver
 T = TypeVar("T")
 
 _MOST_LINES: Final = 16  #: kept open by one technician; the one not used for longest is closed
+_MOST_LOCKS: Final = 1024  #: a scan asks on hundreds of lines
 _WATCH_AGAIN_S: Final = 1.0  #: a device that is away is tried no more often
 
 
@@ -102,11 +103,8 @@ class Lines:
                 break
             if not self._locks[key].locked():
                 self._release(key)
-        for key in [key for key, lock in self._locks.items() if key not in self._held and not lock.locked()]:
-            del self._locks[key]
-
-    def holds(self, key: str) -> bool:
-        return key in self._held
+        if len(self._locks) > _MOST_LOCKS and not any(lock.locked() for lock in self._locks.values()):
+            self._locks.clear()
 
     def close(self) -> None:
         for key in list(self._held):
