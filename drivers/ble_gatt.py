@@ -270,15 +270,15 @@ class _Link:
             path = await self._look_for(scanner)
             await hub().slots(scanner.adapter).take(self._name, self._connect_timeout_s)
             self._slot_of = scanner.adapter
+            if not scanner.knows(self._address):  # BlueZ drops a device that it has not heard for 30 s
+                path = await self._look_for(scanner)
             await self._connect(scanner, path)
         except BaseException:
             await self.let_go()
             raise
-        finally:
-            with contextlib.suppress(DeviceUnreachable):  # its listeners are told
-                await scanner.want(self, Need.WATCH)
 
     async def _look_for(self, scanner: Scanner) -> str:
+        """The scan is not needed for connecting, which it would only slow down."""
         await scanner.want(self, Need.ACTIVE)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -289,6 +289,9 @@ class _Link:
                 "is it in reach, and not connected to something else?",
                 Reason.TIMEOUT,
             ) from exc
+        finally:
+            with contextlib.suppress(DeviceUnreachable):  # its listeners are told
+                await scanner.want(self, Need.WATCH)
 
     async def _connect(self, scanner: Scanner, path: str) -> None:
         from bleak import BleakClient

@@ -498,6 +498,9 @@ class _Receiver:
                 case "RSSI":
                     known.rssi = value.value
 
+    def knows(self, path: str) -> bool:
+        return path in self._known
+
     def is_paired(self, path: str) -> bool:
         known = self._known.get(path)
         return known is not None and known.paired
@@ -702,6 +705,10 @@ class Scanner:
 
     def path_of(self, address: str) -> str:
         return self._receiver.path_of(address)
+
+    def knows(self, address: str) -> bool:
+        """Has BlueZ an object for it?"""
+        return self._receiver.knows(self.path_of(address))
 
     async def forget(self, address: str) -> bool:
         """BlueZ is to drop what it stored of a device, and to ask for its services afresh. Never a paired one's."""
