@@ -236,10 +236,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         """`first` is what has been asked of the only block already."""
         reading = _Pass([None] * len(asked.spans), dict(asked.refused))
         alone = first is None and self._fruitless >= _STUBBORN and self._fruitless % 2 == 1
-        if alone:
-            # Nothing came for a while. One value by itself tells whether the device lives and minds the blocks.
-            await self._ask_alone(line, asked, reading)
-        if reading.answers or not reading.failures:
+        # Nothing came for a while. One value by itself tells whether the device lives and minds the blocks.
+        if not alone or await self._lives(line, asked, reading):
             turn = self._turn % max(1, len(asked.works))
             await self._ask_blocks(line, asked.works[turn:] + asked.works[:turn], reading, first)
         if reading.refused:
@@ -343,7 +341,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             blocks = [*lower, *upper]
             room -= len(blocks)
             if room < 0 or reading.lost:
-                reading.reasons.update(dict.fromkeys(block.members, Reason.REFUSED))
+                reason = Reason.DISCONNECTED if reading.lost else Reason.REFUSED
+                reading.reasons.update(dict.fromkeys(block.members, reason))
                 node.broken_off = True
                 continue
             reading.refused = []
@@ -362,6 +361,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         """Ask for what was refused once more, where its time has come and nothing else waits: one request, and more
         only as long as each brings something back. If all is refused, one request each time, to see who is there."""
         candidates = [*{asked.spans[i] for i in asked.refused}, *asked.whole]
+        halves = {i for pair in asked.pairs for i in (pair.point, pair.scale)}
         for _ in range(_MOST_TRIALS):
             if reading.lost or any(
                 _reason_of(failure) is not Reason.EXCEPTION for failure in reading.failures
@@ -372,7 +372,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             if span is None:
                 return
             due = self._learnt.refused[span].due_s <= now_s
-            members = tuple(i for i in asked.refused if asked.spans[i] == span)
+            # Half of a pair is no value; the next read joins them.
+            members = tuple(i for i in asked.refused if asked.spans[i] == span and i not in halves)
             request = self._request(*_reading(span.table, span.first, span.count))
             try:
                 outcome = await line.exchange([request])
@@ -428,16 +429,22 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             del self._failing[key]
             asked.stale = True
 
-    async def _ask_alone(self, line: Line, asked: _Asked, reading: _Pass) -> None:
-        """One value by itself, each time another."""
+    async def _lives(self, line: Line, asked: _Asked, reading: _Pass) -> bool:
+        """Ask for one value by itself, each time another. False: silence, and it goes into the reading. (The value
+        itself is not kept: its block will bring it.)"""
         wanted = [i for i in range(len(asked.spans)) if i not in asked.refused]
-        if len(wanted) > 1:
-            span = asked.spans[wanted[self._fruitless // 2 % len(wanted)]]
-            members = tuple(i for i in wanted if asked.spans[i] == span)
-            await self._ask_blocks(
-                line, [self._work(asked, Block(span.table, span.first, span.count, members))], reading
-            )
-            reading.refused = []  # the blocks will tell
+        if len(wanted) < 2:
+            return True
+        span = asked.spans[wanted[self._fruitless // 2 % len(wanted)]]
+        members = tuple(i for i in wanted if asked.spans[i] == span)
+        work = self._work(asked, Block(span.table, span.first, span.count, members))
+        alone = _Pass([None] * len(asked.spans), {})
+        await self._ask_blocks(line, [work], alone)
+        if alone.failures and _reason_of(alone.failures[0]) in (Reason.TIMEOUT, Reason.DISCONNECTED):
+            reading.failures = alone.failures
+            return False
+        reading.answers, reading.served = alone.answers, alone.served
+        return True
 
     # ------------------------------------------------------------------------------------ scale registers
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import random
 import re
 import struct
 import tomllib
@@ -978,3 +980,63 @@ def test_whatever_block_fails_no_value_lands_on_another_point() -> None:
 
         run()
         runner.run(stack.aclose())
+
+
+DEVICES = int(os.environ.get("HEADGATE_DEVICES", "25"))
+WHIMS: list[Whim] = [None, None, None, None, None, 1, 2, 2, 3, 4, 6, 11, "silent", "hangup"]
+
+
+@pytest.mark.timeout(60 + DEVICES)
+def test_whatever_request_fails_however_and_whenever_no_value_lands_on_another_point() -> None:
+    """Each request has a fate of its own, drawn anew each time; numbers with exponents beside and afar among the
+    points. Register n holds a number found nowhere else."""
+    held = [(n * 131 + 7) & 0x7FFF for n in range(260)]
+    near, far = 30, 250
+    held[near], held[far] = 0xFFFE, 1  # exponents: -2, 1
+
+    def expected(p: ModbusPoint) -> Value:
+        if p.scale_register is not None:
+            return held[p.register] / 100 if p.scale_register == near else float(held[p.register] * 10)
+        width = {"16": 1, "32": 2, "64": 4}[p.type[1:]]
+        raw = b"".join(struct.pack(">H", cell) for cell in held[p.register : p.register + width])
+        return int.from_bytes(raw, "big", signed=p.type.startswith("i"))
+
+    async def attempt(seed: int) -> tuple[int, int]:
+        rng = random.Random(seed)
+        points: list[dict[str, object]] = []
+        for i in range(rng.randrange(1, 25)):
+            register, type_ = rng.randrange(40, 240), rng.choice(["u16", "i16", "u32", "u64"])
+            points.append(point(f"p{i}", register, type_, overlap=True))
+        for i in range(rng.randrange(0, 4)):
+            register, scale = rng.randrange(0, 240), rng.choice([near, far])
+            if register not in (near, far):
+                keys = {"encoding": "u16", "scale_register": scale, "overlap": True}
+                points.append({"name": f"s{i}", "register": register, **keys})
+        calm = rng.random() < 0.2
+        right = wrong = 0
+        async with (
+            WilfulTcp(held, lambda function, address, count: None if calm else rng.choice(WHIMS)) as peer,
+            connected(points, port=peer.port, timeout_ms=15, max_registers=rng.randrange(4, 126)) as driver,
+        ):
+            now_s = 0.0
+            assert isinstance(driver, ModbusDriver)
+            driver.now_s = lambda: now_s
+            for _ in range(12):
+                now_s += 61.0
+                try:
+                    scan = await driver.read(driver.points)
+                except DeviceUnreachable:
+                    with contextlib.suppress(DeviceUnreachable):
+                        await driver.connect()
+                    continue
+                for i, (p, value) in enumerate(zip(driver.points, scan.values, strict=True)):
+                    assert (value is None) == (i in scan.reasons)
+                    right += value == expected(p)
+                    wrong += value not in (None, expected(p))
+        return right, wrong
+
+    seed = random.SystemRandom().randrange(1 << 32)
+    print("seed", seed)
+    outcomes = [asyncio.run(attempt(seed + i)) for i in range(DEVICES)]
+    assert sum(wrong for _, wrong in outcomes) == 0
+    assert sum(right for right, _ in outcomes) > 100
