@@ -57,6 +57,7 @@ _POLLERS_LEAVE_S: Final = 2.2  #: a little more than a driver may take to close
 _TASKS_LEAVE_S: Final = 1.0
 _DISK_WATCH_S: Final = 30.0
 _LEARNT_EVERY_S: Final = 60.0  #: what drivers learnt is kept this often
+_LOADING_S: Final = 5.0  #: a module may take so long to load, once, from a slow card
 _STALLS_TOLD: Final = 6  #: stalls of one device in an hour that the log tells
 _CREDENTIAL_AGAIN_S: Final = 15.0
 _STUCK_COMMIT_S: Final = 60.0  #: readings pending for this long without a commit: the watchdog goes hungry
@@ -388,6 +389,9 @@ class Daemon:
     def _stood_still(self, stall: Stall) -> None:
         device = self._devices.get(stall.device)
         lasted = f"{stall.lasted_s:.1f} s"
+        if device is None and stall.loading and stall.lasted_s < _LOADING_S:
+            log.debug("the agent stood still for %s while it loaded a module at %s", lasted, stall.where)
+            return
         if device is not None:
             device.gauge.held_up(stall.lasted_s, stall.where)
             told_s = device.stalls_told_s

@@ -33,6 +33,7 @@ _LATE_S: Final = (
     0.5  #: the thread itself was held up for this long: by the machine, or by who holds the interpreter
 )
 _IDLE_SHARE: Final = 0.3  #: of such a time: with less of it on the processor, it was the machine
+_IMPORT: Final = "<frozen importlib"
 _STDLIB: Final = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
 
 
@@ -43,6 +44,7 @@ class Stall(msgspec.Struct, frozen=True):
     device: str  #: whose driver did it; empty where it was none
     task: str  #: the task that ran, or empty
     where: str  #: "file.py:12 in name", as far as it could be seen
+    loading: bool = False  #: a module was being imported: it happens once, on a slow card it takes its time
 
 
 class Culprit(msgspec.Struct, frozen=True):
@@ -51,6 +53,7 @@ class Culprit(msgspec.Struct, frozen=True):
     device: str
     task: str
     where: str
+    loading: bool = False
 
 
 class LoopWatch:
@@ -107,7 +110,7 @@ class LoopWatch:
                 found = Culprit("", "", "the machine (suspended, or too little memory or processor)")
             else:
                 found = culprit or Culprit("", "", "an unknown place")
-            stall = Stall(round(lasted_s, 3), found.device, found.task, found.where)
+            stall = Stall(round(lasted_s, 3), found.device, found.task, found.where, found.loading)
             try:
                 loop.call_soon_threadsafe(self._told, stall)
             except RuntimeError:
@@ -130,10 +133,13 @@ def culprit_of(frames: list[FrameType], task: str) -> Culprit:
     own_file = None
     if driver is not None:
         own_file = getattr(sys.modules.get(type(driver).__module__), "__file__", None)
+    loading = [i for i, frame in enumerate(frames) if frame.f_code.co_filename.startswith(_IMPORT)]
+    if loading and driver is None:  # who imports it, not how
+        frames = frames[loading[-1] + 1 :] or frames
     at = next((frame for frame in frames if own_file and frame.f_code.co_filename == own_file), None)
     if at is None:
         at = next((f for f in frames if not f.f_code.co_filename.startswith(_STDLIB)), frames[0])
-    return Culprit(device, task, _place(at))
+    return Culprit(device, task, _place(at), bool(loading))
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 import signal
@@ -90,6 +91,21 @@ async def test_the_tasks_name_tells_whose_callback_it_was() -> None:
     [stall] = await stalls_of(asyncio.create_task(task(), name="forwarder"))
     assert (stall.device, stall.task) == ("", "forwarder")
     assert "test_agent_loop_watch.py" in stall.where
+
+
+async def test_a_module_that_takes_long_to_load_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(1.0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    async def task() -> None:
+        importlib.import_module("slow_to_load")
+
+    [stall] = await stalls_of(asyncio.create_task(task(), name="forwarder"))
+    assert stall.loading
+    assert stall.device == ""
+    assert "test_agent_loop_watch.py" in stall.where or "importlib" in stall.where
 
 
 async def test_a_loop_that_turns_is_left_alone() -> None:
