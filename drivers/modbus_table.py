@@ -220,10 +220,14 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
         range_ = limits.forbids(each)
         if range_ is not None:
             return (
-                f"register: {each.first} is in options.forbidden.{point.table} "
+                f"register: {_words(each)} touches options.forbidden.{point.table} "
                 f"[{range_.first}, {range_.end - 1}]; remove the point or the range"
             )
     return None
+
+
+def _words(span: Span) -> str:
+    return f"{span.first}" if span.count == 1 else f"{span.first}-{span.end - 1}"
 
 
 def check_overlaps(points: Sequence[ModbusPoint]) -> None:
@@ -239,9 +243,10 @@ def check_overlaps(points: Sequence[ModbusPoint]) -> None:
             theirs = spans[reach]
             if theirs.end > span.first and theirs != span:
                 one, two = sorted((i, reach))
-                shared = f"{max(span.first, theirs.first)}-{min(span.end, theirs.end) - 1}"
+                first = max(span.first, theirs.first)
+                shared = Span(span.table, first, min(span.end, theirs.end) - first)
                 raise ConfigError(
-                    f"point {points[two].name!r}: register: shares registers {shared} with point "
+                    f"point {points[two].name!r}: register: shares {_words(shared)} with point "
                     f"{points[one].name!r} ({points[one].type} at {points[one].register}); correct the register or "
                     "the type of one, or, if that is meant, say overlap = true"
                 )

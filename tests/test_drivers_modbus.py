@@ -708,7 +708,7 @@ async def test_what_is_forbidden_is_never_on_the_wire() -> None:
         assert not touched & {*range(100, 111), 200}
         assert len(peer.asked) == 3
     with pytest.raises(
-        ConfigError, match=r"point 'r105': register: 105 is in options.forbidden.holding \[100, 110\]"
+        ConfigError, match=r"point 'r105': register: 105 touches options.forbidden.holding \[100, 110\]"
     ):
         build("boiler", "modbus", {"host": "h", "forbidden": forbidden}, registers(105))
 
