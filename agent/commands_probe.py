@@ -39,6 +39,7 @@ _WATCH_S: Final = 2.0  #: with --expect, unless said
 _WORTH_A_LOOK: Final = (
     1.5  #: digits of evidence from which a place is looked at again, to see whether it moves
 )
+_NEIGHBOURS: Final = 100  #: registers: the values of one display stand no farther apart, mostly
 _PAUSE_S: Final = 0.3  #: between two looks
 
 
@@ -193,6 +194,7 @@ class _Session:
         self._answers = 0
         self._silences = 0
         self._progress: technician.Progress | None = None
+        self._said: set[tuple[str, int]] = set()  #: what may be it, told already
 
     @property
     def has_any(self) -> bool:
@@ -293,7 +295,7 @@ class _Session:
         small = sum(map(len, self.words.values())) <= _MOST_WATCHED
         looked_at: Snapshot = self.words if small else fresh
         found = guess.match_all({name: [Observation(one, [looked_at])] for name, one in wanted.items()})
-        if all(map(guess.is_sure, found.values())):
+        if _settled(found):
             return True
         close = [one for matches in found.values() for one in matches[:3] if one.score >= _WORTH_A_LOOK]
         if not all(matches and matches[0].score >= _WORTH_A_LOOK for matches in found.values()):
@@ -301,7 +303,21 @@ class _Session:
         # Perhaps they move: look whether the display's values are among what they pass through.
         snapshots = await self.snapshots(1.5, _around(close, self.words))
         found = guess.match_all({name: [Observation(one, snapshots)] for name, one in wanted.items()})
-        return all(map(guess.is_sure, found.values()))
+        if _settled(found):
+            return True
+        self._say_near(found)
+        return False
+
+    def _say_near(self, found: dict[str, list[Match]]) -> None:
+        """What may be it, while the search goes on: the technician may know better."""
+        for name, matches in found.items():
+            best = matches[0] if matches else None
+            if best is not None and not guess.is_sure(matches) and (name, best.register) not in self._said:
+                self._said.add((name, best.register))
+                self.progress_clear()
+                place = f"{best.table} {best.register} shows {technician.number(best.value)}"
+                if not self._silent:
+                    technician.note(f"{name}: {place}, perhaps; the search goes on (Ctrl-C: enough)")
 
     # ------------------------------------------------------------------------------- watching
 
@@ -353,6 +369,22 @@ class _Session:
             technician.note(f"More than {_MOST_WATCHED} registers: this takes longer than {seconds:g} s.")
         first: Snapshot = {table: dict(held) for table, held in self.words.items()}
         return guess.moving([first, *await self.snapshots(seconds)])
+
+
+def _settled(found: dict[str, list[Match]]) -> bool:
+    """Each value beyond doubt; or one or more of them, and the rest shown by registers close by: a map is one place."""
+    sure = [matches[0] for matches in found.values() if guess.is_sure(matches)]
+    if not sure:
+        return False
+    return all(
+        guess.is_sure(matches)
+        or any(
+            one.score > 0 and one.table is anchor.table and abs(one.register - anchor.register) <= _NEIGHBOURS
+            for one in matches[:_SHOWN]
+            for anchor in sure
+        )
+        for matches in found.values()
+    )
 
 
 def _numbers(reply: bytes, ask: hunt.Ask) -> list[int]:
@@ -490,7 +522,8 @@ def _advice(expected: Expected, matches: Sequence[Match]) -> str:
 def _add_line(session: _Session, wanted: dict[str, Expected], found: dict[str, list[Match]]) -> str:
     points: list[str] = []
     for name, expected in wanted.items():
-        if found[name]:
+        # What only comes near is shown, and is for the technician to judge.
+        if found[name] and (found[name][0].exact or found[name][0].score >= guess.SURE):
             table = guess.point_table(name, expected.unit, found[name][0])
             points += ["--point", point_words(table)]
     if not points:

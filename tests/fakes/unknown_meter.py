@@ -42,6 +42,7 @@ class Shown:
     order: str
     scale: float
     noise: float
+    around: float = 0.0
 
     @property
     def text(self) -> str:
@@ -118,7 +119,7 @@ class UnknownMeter:
                     at += 1
             one = Shown(
                 name, unit, value, decimals, function, at, kind, "ABCD" if kind.endswith("16") else order, scale,
-                0.002 * abs(value),
+                0.002 * abs(value), value,
             )  # fmt: skip
             self.shown.append(one)
             at += len(one.words())
@@ -147,7 +148,7 @@ class UnknownMeter:
     def move(self) -> None:
         if self._moving:
             for one in self.shown:
-                one.value += self._rng.uniform(-one.noise, one.noise)
+                one.value = one.around + self._rng.uniform(-one.noise, one.noise)
 
     def answer(self, pdu: bytes) -> bytes:
         function = pdu[0]
@@ -156,7 +157,6 @@ class UnknownMeter:
         first, count = struct.unpack(">HH", pdu[1:])
         if not 1 <= count <= self.longest:
             return bytes([function | 0x80, 3])
-        self.move()
         now = self.registers()
         found = [now.get((function, address)) for address in range(first, first + count)]
         if None in found:
