@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test servers demo bench lock clean
+.PHONY: help setup check format test nightly servers demo bench lock clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python
@@ -47,6 +47,14 @@ servers: setup ## bring the real servers that the tests need: found, pulled, ins
 test: setup ## every test, against real servers
 	-$(RUN) -m tests.servers
 	$(RUN) -m pytest --durations=10 $(PYTEST)
+
+# The sizes that the tests take from the environment, each at its full length. FUZZ=100000 make nightly is a shorter one.
+FUZZ ?= 10000000
+nightly: setup ## the long runs: fuzzing, faults, replugs and kills at full length, and Bluetooth in a virtual machine
+	HEADGATE_FUZZ=$(FUZZ) $(RUN) -m pytest -o timeout=0 tests/test_fuzz_*.py
+	HEADGATE_FRAMES=100000 HEADGATE_DEVICES=1500 HEADGATE_REPLUGS=100 HEADGATE_READS=10000 HEADGATE_KILLS=1000 \
+		$(RUN) -m pytest -o timeout=0 tests/test_drivers_*.py tests/test_agent_buffer.py
+	sh tests/nightly/ble_vm.sh
 
 demo: setup ## the main job, with a kill and a cut on the way, and the account at the end
 	@$(RUN) -m tests.demo
