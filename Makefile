@@ -54,7 +54,7 @@ nightly: setup ## the long runs: fuzzing, faults, replugs and kills at full leng
 	HEADGATE_FUZZ=$(FUZZ) $(RUN) -m pytest -o timeout=0 tests/test_fuzz_*.py
 	HEADGATE_FRAMES=100000 HEADGATE_DEVICES=1500 HEADGATE_REPLUGS=100 HEADGATE_READS=10000 HEADGATE_KILLS=1000 \
 		$(RUN) -m pytest -o timeout=0 tests/test_drivers_*.py tests/test_agent_buffer.py
-	sh tests/nightly/ble_vm.sh
+	bash tests/nightly/ble_vm.sh
 
 demo: setup ## the main job, with a kill and a cut on the way, and the account at the end
 	@$(RUN) -m tests.demo
