@@ -139,7 +139,7 @@ def _held(point: ModbusPoint) -> ValueType:
 
 
 def _is_scaled(point: ModbusPoint) -> bool:
-    return point.scale_register is not None
+    return point.exponent_register is not None
 
 
 def raw_of(point: ModbusPoint, shown: float) -> int | float | bool:
@@ -165,8 +165,9 @@ def words_of(point: ModbusPoint, value: Value, order: str) -> dict[int, tuple[in
     data = _bytes(point, value, order)
     words = struct.unpack(f">{len(data) // 2}H", data)
     held = {point.register + i: (word, 0xFFFF) for i, word in enumerate(words)}
-    if point.scale_register is not None:
-        held[point.scale_register] = (_SCALE_EXPONENT & 0xFFFF, 0xFFFF)
+    if point.exponent_register is not None:
+        exponent = _SCALE_EXPONENT if point.decimals_register is None else -_SCALE_EXPONENT
+        held[point.exponent_register] = (exponent & 0xFFFF, 0xFFFF)
     return held
 
 
@@ -332,9 +333,11 @@ def _read_back(tables: Tables, point: ModbusPoint, order: str) -> Value | None:
     )  # fmt: skip
     count = field.registers
     words = [cells[point.register + i] for i in range(count)]
-    if point.scale_register is not None:
-        words.append(cells[point.scale_register])
-        field = msgspec.structs.replace(field, scale_at=2 * count)
+    if point.exponent_register is not None:
+        words.append(cells[point.exponent_register])
+        field = msgspec.structs.replace(
+            field, scale_at=2 * count, decimals=point.decimals_register is not None
+        )
     values, _ = codec.RegisterDecoder([field]).decode(struct.pack(f">{len(words)}H", *words))
     value = values[0]
     if isinstance(value, bool | str) or value is None:

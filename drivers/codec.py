@@ -125,6 +125,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     bits: int | None = None  #: of a bit-field: how many, from `bit` up
     length: int = 0  #: of a str: its bytes; of BCD and MOD10000: bytes where not those of the type
     scale_at: int | None = None  #: the first byte of the register that holds the exponent of 10
+    decimals: bool = False  #: what stands there is how many decimals the number has: the exponent, negated
     not_available: tuple[int | float, ...] = ()  #: of a scaled number: what the registers hold for "no value"
     utc_offset_min: int = 0  #: of a moment: how far the device's clock is ahead of UTC
 
@@ -386,8 +387,16 @@ def masks(value: Value, field: Field) -> tuple[int, int]:
     return most << field.bit, int(number) << field.bit
 
 
+def exponent_of(held: int, *, decimals: bool) -> int:
+    """The exponent of 10 that a scale register means, or that so many decimals mean; where there can be none, one that
+    `scaled` refuses."""
+    if not decimals:
+        return held
+    return -held if 0 <= held <= GREATEST_EXPONENT else GREATEST_EXPONENT + 1
+
+
 def scaled(raw: int, exponent: int, sentinels: frozenset[float]) -> Turned:
-    """A number with its exponent of 10 from the scale register; `sentinels_of` its field."""
+    """A number with its exponent of 10 (`exponent_of` its scale register); `sentinels_of` its field."""
     number, reason = None, None
     if LEAST_EXPONENT <= exponent <= GREATEST_EXPONENT:
         number = float(raw * 10**exponent) if exponent >= 0 else raw / 10**-exponent
@@ -403,7 +412,8 @@ def unscaled(value: Value, exponent: int, field: Field) -> tuple[bytes, float]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a number")
     if not LEAST_EXPONENT <= exponent <= GREATEST_EXPONENT:
-        raise ValueError(f"the scale register holds {exponent}, which is no exponent")
+        held = "no number of decimals" if field.decimals else f"{exponent}, which is no exponent"
+        raise ValueError(f"its scale register holds {held}")
     raw = round(value / 10**exponent if exponent >= 0 else value * 10**-exponent)
     holds = ValueType(field.encoding or Encoding.I16)
     if raw in sentinels_of(field):
@@ -559,7 +569,9 @@ def _turn_of(field: Field) -> Turn | None:
         return None
     if encoding in _SCALED:
         unpack = struct.Struct(f">{_CODES[ValueType(encoding)]}h").unpack
-        return functools.partial(_scaled, unpack=unpack, sentinels=sentinels_of(field))
+        return functools.partial(
+            _scaled, unpack=unpack, sentinels=sentinels_of(field), decimals=field.decimals
+        )
     if encoding in DATES or encoding in _EPOCHS:
         return functools.partial(
             _instant, encoding=encoding, offset_s=60 * field.utc_offset_min, whole=type_ is ValueType.I64
@@ -609,9 +621,11 @@ def _mod10000(raw: bytes, *, code: str) -> Turned:
     return functools.reduce(lambda number, part: number * _MOD + part, parts, 0), None
 
 
-def _scaled(raw: bytes, *, unpack: Callable[[bytes], tuple[int, int]], sentinels: frozenset[float]) -> Turned:
-    number, exponent = unpack(raw)
-    return scaled(number, exponent, sentinels)
+def _scaled(
+    raw: bytes, *, unpack: Callable[[bytes], tuple[int, int]], sentinels: frozenset[float], decimals: bool
+) -> Turned:
+    number, held = unpack(raw)
+    return scaled(number, exponent_of(held, decimals=decimals), sentinels)
 
 
 def sentinels_of(field: Field) -> frozenset[float]:

@@ -94,6 +94,7 @@ class _Pair(msgspec.Struct, frozen=True):
     point: int
     scale: int
     sentinels: frozenset[float]
+    decimals: bool
 
 
 class _Asked(msgspec.Struct):
@@ -467,7 +468,8 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             if raw is None:
                 continue
             if isinstance(raw, int) and isinstance(exponent, int) and exponent == now:
-                values[pair.point], reason = codec.scaled(raw, exponent, pair.sentinels)
+                known = codec.exponent_of(exponent, decimals=pair.decimals)
+                values[pair.point], reason = codec.scaled(raw, known, pair.sentinels)
             else:
                 failed = reasons.get(pair.scale) or again.reasons.get(pair.scale)
                 values[pair.point], reason = None, failed or Reason.DECODE
@@ -490,19 +492,19 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         pairs: list[_Pair] = []
         whole: list[Span] = []
         for i, point in enumerate(points):
-            if point.scale_register is None:
+            if point.exponent_register is None:
                 continue
             # Number and exponent in one request are of one moment.
-            both = hull(spans[i], point.scale_register)
+            both = hull(spans[i], point.exponent_register)
             if both in learnt.refused:
                 whole.append(both)
             elif both.count <= self._limits.max_registers and self._limits.forbids(both) is None:
                 spans[i] = both
                 continue
-            pairs.append(_Pair(i, len(spans), codec.sentinels_of(fields[i])))
+            pairs.append(_Pair(i, len(spans), codec.sentinels_of(fields[i]), fields[i].decimals))
             order = "BA" if codec.swaps_bytes(fields[i].order) else "AB"
-            spans.append(Span(point.table, point.scale_register))
-            fields.append(codec.Field(at=2 * point.scale_register, type=ValueType.I16, order=order))
+            spans.append(Span(point.table, point.exponent_register))
+            fields.append(codec.Field(at=2 * point.exponent_register, type=ValueType.I16, order=order))
             holds = ValueType(point.encoding or Encoding.I16)
             fields[i] = codec.Field(at=fields[i].at, type=holds, order=fields[i].order)
         refused = {
@@ -567,11 +569,12 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                 if self.options.write_bits == "mask":
                     return modbus_write.masking(point, value, masks, field)
                 data = codec.encode_part(value, field, await self._registers(line, point, span_of(point)))
-            elif point.scale_register is not None:
-                held = await self._registers(line, point, Span(point.table, point.scale_register))
-                exponent = int.from_bytes(
+            elif point.exponent_register is not None:
+                held = await self._registers(line, point, Span(point.table, point.exponent_register))
+                number = int.from_bytes(
                     held, "little" if codec.swaps_bytes(field.order) else "big", signed=True
                 )
+                exponent = codec.exponent_of(number, decimals=field.decimals)
                 data, expected = codec.unscaled(value, exponent, field)
             else:
                 data = codec.encode(value, field)

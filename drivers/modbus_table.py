@@ -90,28 +90,36 @@ class ModbusPoint(Point, frozen=True, kw_only=True):
     bits: Annotated[int, msgspec.Meta(ge=1, le=32)] | None = None  #: of a bit-field, from `bit` up
     length: Annotated[int, msgspec.Meta(ge=1, le=2 * MAX_REGISTERS)] | None = None  #: of a str: its bytes
     scale_register: Address16 | None = None  #: holds an exponent of 10 (i16), as SunSpec's scale factors do
-    register_not_available: tuple[int, ...] = ()  #: `not_available` of a point with `scale_register`
+    decimals_register: Address16 | None = None  #: holds how many decimals the number has: 235 with 1 is 23.5
+    register_not_available: tuple[int, ...] = ()  #: `not_available` of a point with one of these two
     utc_offset_min: Annotated[int, msgspec.Meta(ge=-1440, le=1440)] = 0  #: of a moment: its clock less UTC
     overlap: bool = False  #: it shares registers with another point, and that is meant
     writable: bool = False
     read_back: bool = True  #: of a written point; false for a command register that reads otherwise
 
+    @property
+    def exponent_register(self) -> int | None:
+        """The register that its number is not known without."""
+        return self.decimals_register if self.scale_register is None else self.scale_register
+
     def __post_init__(self) -> None:
         put = msgspec.structs.force_setattr
+        if self.scale_register is not None and self.decimals_register is not None:
+            raise ValueError("decimals_register: a number has either a scale_register or a decimals_register")
         if self.type is ValueType.U16:
             if self.table.of_bits or (self.bit is not None and self.bits is None):
                 put(self, "type", ValueType.BOOL)
-            elif self.scale_register is not None:
+            elif self.exponent_register is not None:
                 put(self, "type", ValueType.F64)
             elif self.encoding in codec.INSTANTS:
                 put(self, "type", ValueType.I64)
             elif self.bits is not None and self.bits > _REGISTER_BITS:
                 put(self, "type", ValueType.U32)
-        if self.scale_register is not None and self.not_available:
+        if self.exponent_register is not None and self.not_available:
             # What the registers hold for "no value" is told before it is scaled, and judged there.
             if any(number != int(number) for number in self.not_available):
                 raise ValueError(
-                    "not_available: with a scale_register, whole numbers, as the register holds them"
+                    "not_available: with a scale_register or decimals_register, whole numbers as registers hold them"
                 )
             put(self, "register_not_available", (*self.register_not_available, *map(int, self.not_available)))
             put(self, "not_available", ())
@@ -160,7 +168,7 @@ def address_of(options: ModbusOptions) -> Address:
 
 
 def span_of(point: ModbusPoint) -> Span:
-    """The addresses that its value occupies (its scale register apart)."""
+    """The addresses that its value occupies (the register of its exponent apart)."""
     count = 1 if point.table.of_bits else field_of(point, "ABCD").registers
     return Span(point.table, point.register, count)
 
@@ -175,7 +183,8 @@ def field_of(point: ModbusPoint, order: str) -> codec.Field:
         bit=point.bit,
         bits=point.bits,
         length=point.length or 0,
-        scale_at=None if point.scale_register is None else 2 * point.scale_register,
+        scale_at=None if point.exponent_register is None else 2 * point.exponent_register,
+        decimals=point.decimals_register is not None,
         not_available=point.register_not_available,
         utc_offset_min=point.utc_offset_min,
     )
@@ -192,17 +201,22 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
     if point.table.of_bits:
         if point.type is not ValueType.BOOL:
             return f"type: a {point.table} is a bool, not {point.type}"
-        for key in ("bit", "bits", "length", "encoding", "scale_register"):
+        for key in ("bit", "bits", "length", "encoding", "scale_register", "decimals_register"):
             if getattr(point, key) is not None:
                 return f"{key}: a {point.table} is one bit already; remove it"
     else:
         wrong = codec.what_is_wrong(field_of(point, order))
         if wrong is not None:
-            return wrong
+            return (
+                wrong
+                if point.decimals_register is None
+                else wrong.replace("scale_register", "decimals_register")
+            )
         if point.type is not ValueType.STR and point.length is not None and point.encoding is None:
             return "length: needed by a str, and only there; remove it"
-    if point.register_not_available and point.scale_register is None:
-        return "register_not_available: only with a scale_register; say not_available"
+    exponent = point.exponent_register
+    if point.register_not_available and exponent is None:
+        return "register_not_available: only with a scale_register or decimals_register; say not_available"
     if point.writable and point.table in (Table.INPUT, Table.DISCRETE):
         return f"writable: a {point.table} is read only; remove it, or see whether it is in another table"
     span = span_of(point)
@@ -212,10 +226,11 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
     if span.count > longest:
         return f"takes {span.count} registers, and max_registers is {longest}; a value is never read in parts"
     spans = [span]
-    if point.scale_register is not None:
-        if span.first <= point.scale_register < span.end:
-            return "scale_register: lies within the value itself"
-        spans.append(Span(point.table, point.scale_register))
+    if exponent is not None:
+        if span.first <= exponent < span.end:
+            key = "scale_register" if point.decimals_register is None else "decimals_register"
+            return f"{key}: lies within the value itself"
+        spans.append(Span(point.table, exponent))
     for each in spans:
         range_ = limits.forbids(each)
         if range_ is not None:

@@ -406,6 +406,26 @@ def test_a_number_is_scaled_by_the_exponent_in_its_other_register(
 
 
 @pytest.mark.parametrize(
+    ("raw", "decimals", "value", "reason"),
+    [
+        ("00eb", 0, 235.0, None),
+        ("00eb", 1, 23.5, None),
+        ("ffce", 2, -0.5, None),
+        ("00eb", -1, None, Reason.DECODE),
+        ("00eb", 11, None, Reason.DECODE),
+        ("00eb", 0x7FFF, None, Reason.DECODE),
+        ("00eb", -0x8000, None, Reason.DECODE),
+    ],
+)
+def test_a_number_is_divided_by_as_many_tens_as_its_other_register_says_it_has_decimals(
+    raw: str, decimals: int, value: float | None, reason: Reason | None
+) -> None:
+    field = encoded("i16", "f64", scale_at=2, decimals=True)
+    values, reasons = RegisterDecoder([field]).decode(bytes.fromhex(raw) + struct.pack(">h", decimals))
+    assert (list(values), reasons) == ([value], {0: reason} if reason else None)
+
+
+@pytest.mark.parametrize(
     ("raw", "exponent", "value", "reason"),
     [
         ("8000", -1, -3276.8, Reason.SENTINEL),

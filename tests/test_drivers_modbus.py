@@ -677,6 +677,32 @@ async def test_an_exponent_that_is_read_apart_must_be_the_same_before_and_after(
         assert told(await driver.read(driver.points))["power"] in (12.34, 123.4)
 
 
+async def test_a_number_of_decimals_is_read_before_and_after_too_and_moves_the_point_the_other_way() -> None:
+    registers_ = [0] * 300
+    registers_[10], registers_[200] = 235, 1
+    changes = False
+
+    def judge(function: int, address: int, count: int) -> None:
+        if changes and address == 200:
+            registers_[200] ^= 1
+
+    point = {"name": "t", "register": 10, "encoding": "i16", "decimals_register": 200}
+    async with WilfulTcp(registers_, judge) as peer, connected([point], port=peer.port) as driver:
+        assert told(await driver.read(driver.points)) == {"t": 23.5}
+        registers_[200] = 0
+        assert told(await driver.read(driver.points)) == {"t": 235.0}
+        registers_[200] = 47
+        assert told(await driver.read(driver.points)) == {"t": Reason.DECODE}
+        registers_[200] = 1
+        changes = True
+        assert told(await driver.read(driver.points)) == {"t": Reason.DECODE}
+    near = {**point, "decimals_register": 11}
+    registers_[11] = 1
+    async with WilfulTcp(registers_) as peer, connected([near], port=peer.port) as driver:
+        assert told(await driver.read(driver.points)) == {"t": 23.5}
+        assert peer.asked == [(3, 10, 2)]
+
+
 async def test_a_number_and_its_exponent_are_read_apart_where_the_device_refuses_what_lies_between() -> None:
     registers_ = [0] * 20
     registers_[10], registers_[14] = 1234, 0xFFFE
@@ -826,6 +852,12 @@ def test_the_sample_shows_every_key_with_its_default_and_builds() -> None:
         ({"table": "input", "writable": True}, "input is read only"),
         ({"table": "coil", "encoding": "bcd"}, "one bit already"),
         ({"encoding": "i32", "scale_register": 1, "type": "f64"}, "lies within the value"),
+        ({"encoding": "i32", "decimals_register": 1}, "decimals_register: lies within the value"),
+        ({"decimals_register": 9}, "encoding: with decimals_register, say what the registers hold"),
+        (
+            {"encoding": "i16", "decimals_register": 9, "scale_register": 8},
+            "decimals_register: a number has either",
+        ),
         ({"register": 65536}, "register: .*65535"),
     ],
 )

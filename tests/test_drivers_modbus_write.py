@@ -51,6 +51,8 @@ def writable(name: str, register: int, type_: str = "u16", **keys: object) -> di
         ),
         # With a scale register: the number nearest to it that the registers can hold (the exponent is -2).
         ({"encoding": "i16", "scale_register": 3}, {}, -1.234, (6, 0, 1), [0xFF85, 0xAAAA, 0, 0xFFFE]),
+        # By how many decimals the device shows (here 2).
+        ({"encoding": "i16", "decimals_register": 3}, {}, 21.5, (6, 0, 1), [2150, 0xAAAA, 0, 2]),
     ],
 )  # fmt: skip
 async def test_a_write_has_one_request_of_the_right_function_and_leaves_the_rest_alone(
@@ -60,8 +62,8 @@ async def test_a_write_has_one_request_of_the_right_function_and_leaves_the_rest
     request_: tuple[int, int, int],
     after: list[int],
 ) -> None:
-    scaled = "scale_register" in keys
-    registers = [0, 0xAAAA, 0, 0xFFFE if scaled else 0]
+    exponent = 0xFFFE if "scale_register" in keys else 2 if "decimals_register" in keys else 0
+    registers = [0, 0xAAAA, 0, exponent]
     async with (
         WilfulTcp(registers) as peer,
         connected([{**writable("p", 0), **keys}], port=peer.port, **options, **QUICK) as driver,
@@ -217,4 +219,9 @@ async def test_a_scaled_number_that_no_register_can_hold_is_refused_before_anyth
                 await driver.write(driver.points[0], value)
         with pytest.raises(PointRefused, match="is no exponent"):
             await driver.write(driver.points[1], 1.0)
+        assert not peer.written
+    point = {**writable("p", 0), "encoding": "i16", "decimals_register": 2}
+    async with WilfulTcp([0, 0, 57]) as peer, connected([point], port=peer.port) as driver:
+        with pytest.raises(PointRefused, match="holds no number of decimals"):
+            await driver.write(driver.points[0], 1.0)
         assert not peer.written
