@@ -131,9 +131,12 @@ def _brief(profile: Profile) -> dict[str, Any]:
 
 
 def _whole(profile: Profile) -> dict[str, Any]:
+    from drivers import profiles as described
+
     return {
         **_brief(profile),
         "source": profile.source,
+        "notes": described.notes(profile),
         "extends": list(profile.extends),
         "options": profile.options,
         "points": list(profile.points),
@@ -142,6 +145,8 @@ def _whole(profile: Profile) -> dict[str, Any]:
 
 def _shown(profile: Profile) -> list[str]:
     import textwrap
+
+    from drivers import profiles as described
 
     width = min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
     lines = [f"{profile.name}: {profile.maker} {profile.model}, {profile.kind}"]
@@ -152,6 +157,8 @@ def _shown(profile: Profile) -> list[str]:
         told.append(("hides", profile.hides))
     if profile.options:
         told.append(("options", ", ".join(f"{key} = {value}" for key, value in profile.options.items())))
+    if notes := described.notes(profile):
+        told.append(("notes", notes))
     for label, text in told:
         lines += textwrap.wrap(
             f"{label + ':':<9}{text}", width, subsequent_indent=" " * 9, break_on_hyphens=False

@@ -14,6 +14,7 @@ No IO but reading the files.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import re
@@ -322,6 +323,20 @@ def parse(table: Mapping[str, Any], *, file: str = "", text: str = "") -> _File:
 
 
 # ------------------------------------------------------------------------------------------- using
+
+
+def notes(profile: Profile) -> str:
+    """What its file says before its tables, in comments: what of the source was seen, and what to mind. Then that of
+    what it extends."""
+    told: list[str] = []
+    for file in profile.files:
+        try:
+            text = _read(Path(file))[0]
+        except ProfileError:  # it was there a moment ago
+            continue
+        lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+        told.append(" ".join(line.lstrip("#").strip() for line in lines))
+    return " ".join(filter(None, told))
 
 
 def merge(

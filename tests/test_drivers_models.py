@@ -117,17 +117,18 @@ CASES: Final[dict[str, Case]] = {
     ),
     # Parameter n as a float at 8000 hex + 2 n: PV (1), set point (2), output (4).
     "eurotherm-3200": Case(
-        {(H, 0x8002): "41BC0000", (H, 0x8004): "C1200000", (H, 0x8008): "42C80000", (H, 15): "0001", (H, 23): "0002"},
-        {"process_value": 23.5, "target_setpoint": -10.0, "working_output": 100.0, "active_setpoint": 1.0,
+        {(H, 0x8002): "41BC0000", (H, 0x8004): "C1200000", (H, 0x8008): "42C80000", (H, 15): "0001", (H, 23): "0002",
+         (H, 75): "0020"},
+        {"process_value": 23.5, "sensor_break": True, "process_value_out_of_range": False, "target_setpoint": -10.0, "working_output": 100.0, "active_setpoint": 1.0,
          "timer_status": 2.0},
     ),
     # H175 itself gives H'FFFFFFCE as -5.0 and H'0000041A as 105.0 (MV), H'00000226 as 55.0 (heater current), and
-    # H'FFFFF831 to H'0000270F as -1999 to 9999.
+    # H'FFFFF831 to H'0000270F as -1999 to 9999; in two-byte mode "the rightmost 16 bits are read". 105.0 is 1050.
     "omron-e5cc": Case(
-        {(H, 0x0000): "0000270F", (H, 0x0004): "FFFFF831", (H, 0x0006): "00000226", (H, 0x0008): "FFFFFFCE",
-         (H, 0x000A): "0000041A", (H, 0x0420): "00000001"},
-        {"process_value": 9999.0, "internal_setpoint": -1999.0, "heater_current_1": 55.0, "output_heating": -5.0,
-         "output_cooling": 105.0, "decimals": 1.0},
+        {(H, 0x2000): "041A", (H, 0x2001): "0040", (H, 0x2002): "F831", (H, 0x2003): "0226", (H, 0x2004): "FFCE",
+         (H, 0x2005): "041A", (H, 0x2103): "270F", (H, 0x2410): "0001"},
+        {"process_value": 105.0, "input_error": True, "internal_setpoint": -199.9, "heater_current_1": 55.0,
+         "output_heating": -5.0, "output_cooling": 105.0, "setpoint": 999.9},
     ),
     # MG.02.A4.02's own example: PNU 342 is read at 0x0D5B as 00 00 00 03. And coil 44 is "running".
     "danfoss-fc51": Case(
@@ -217,6 +218,21 @@ def test_a_shipped_profile_has_an_expected_value_for_every_type_table_and_order_
     used = {way(point) for point in driver.points}
     tested = {way(point) for point in driver.points if point.name in CASES[name].expected}
     assert used == tested
+
+
+@pytest.mark.parametrize(("decimals", "value"), [(0, 1050.0), (1, 105.0), (2, 10.5), (3, 1.05)])
+async def test_an_e5cc_shows_its_temperature_with_as_many_decimals_as_it_is_set_to(
+    decimals: int, value: float
+) -> None:
+    case = Case({(H, 0x2000): "041A", (H, 0x2410): f"{decimals:04X}"}, {})
+    async with tcp_peer({1: served(case)}) as peer:
+        driver = built("omron-e5cc", port=peer.port, timeout_ms=5000)
+        await driver.connect()
+        try:
+            scan = await driver.read(driver.points)
+        finally:
+            await driver.close()
+    assert (scan.points[0].name, scan.values[0]) == ("process_value", value)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_AVAILABLE))

@@ -379,12 +379,20 @@ def test_the_command_shows_one_with_source_and_points(folder: Path) -> None:
     assert said.exit_code == 0, said.output
     assert "H175" in said.output
     assert "process_value" in said.output
+    assert "Of a broken sensor" in said.output, "what its file says of the map, a technician has to know"
     assert max(map(len, said.output.splitlines())) <= 80
     whole = json.loads(CliRunner().invoke(main, ["profiles", "omron-e5cc", "--json"]).output)
     assert whole["points"][0] == {
-        "name": "process_value", "unit": "Cel", "register": 0, "type": "i32", "valid_min": -1999.0,
-        "valid_max": 9999.0,
+        "name": "process_value", "unit": "Cel", "register": 0x2000, "encoding": "i16", "decimals_register": 0x2410,
+        "valid_min": -1999.0, "valid_max": 9999.0,
     }  # fmt: skip
+    assert whole["notes"].startswith("Seen: the vendor's communications manual H175")
+
+
+def test_the_command_shows_the_notes_of_a_profile_and_of_what_it_extends() -> None:
+    said = " ".join(CliRunner().invoke(main, ["profiles", "carlo-gavazzi-em24"]).output.split())
+    assert "EM24 E1" in said
+    assert "seen by its title page" in said
 
 
 def test_the_command_tells_an_unknown_name_a_bad_profile_and_one_that_hides_ours(
