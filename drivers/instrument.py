@@ -428,6 +428,10 @@ class Lines:
         if options.decimal == options.separator:
             raise ConfigError(f"options.decimal and options.separator are both {options.decimal!r}")
         self._options = options
+        #: Instruments fill columns up with blanks, as many as it takes. Tabs stand one to a column.
+        self._runs = bool(options.separator) and not options.separator.strip(" ")
+        #: What is no part of a line. An empty first column is one.
+        self._blank = BLANK if self._runs else "".join(set(BLANK) - set(options.separator))
         self._cutting = Cutting(options, None)
         self._pattern = compile_pattern(options.pattern, "options.pattern") if options.pattern else None
         self._fields: dict[str, _Take] = {}
@@ -486,7 +490,7 @@ class Lines:
     def read(self, body: bytes) -> Said:
         options = self._options
         try:
-            text = body.decode(options.encoding).strip(BLANK)
+            text = body.decode(options.encoding).strip(self._blank)
         except UnicodeDecodeError:
             return self.lost(Reason.FRAMING) or Heard((), Reason.FRAMING)
         if not text:
@@ -495,7 +499,7 @@ class Lines:
         if not wanted:
             return None
         points = wanted[0] if len(wanted) == 1 else tuple(point for of in wanted for point in of)
-        columns = text.split(options.separator) if options.separator else []
+        columns = self._columns(text)
         found = self._pattern.search(text) if self._pattern is not None else None
         results: list[Result] = []
         for point in points:
@@ -509,6 +513,13 @@ class Lines:
         if all(result is Reason.MISSING for result in results):
             return Heard(points, Reason.FRAMING)  # a line of another form
         return Heard(points, results)
+
+    def _columns(self, text: str) -> list[str]:
+        separator = self._options.separator
+        if not separator:
+            return []
+        columns = text.split(separator)
+        return [column for column in columns if column.strip(" ")] if self._runs else columns
 
     def lost(self, reason: Reason) -> Said:
         (line, points), *others = self._lines
@@ -531,7 +542,7 @@ class Packets:
             )
         try:
             self._struct = struct.Struct(options.layout)
-        except struct.error as exc:
+        except (struct.error, UnicodeEncodeError) as exc:
             raise ConfigError(f"options.layout {options.layout!r}: {exc}") from exc
         size = self._struct.size
         if size > options.max_frame_bytes:

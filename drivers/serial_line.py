@@ -9,8 +9,10 @@ Rules:
   form is `FRAMING` and a failed check is `CRC`, on the points it would have carried. Never 0, never the last value.
 - Silence of `stale_after_s` gives one scan of `STALE` (where we ask: `reply_timeout_ms`, `TIMEOUT`), and then nothing
   until it speaks.
-- Where we ask, one question is open at a time. After one that got no answer, what comes until twice its timeout is
-  over and the line is silent is thrown away: a late reply would be taken for the answer to another question.
+- Where we ask, one question is open at a time. After one that got no answer, or one that does not read, what comes
+  until twice its timeout is over and the line is silent is thrown away: a late reply, or the rest of one, would be
+  taken for the answer to another question.
+- A frame's beginning is known by a delimiter, a start, or a silence that was listened to; never by our own request.
 - Where only silence parts frames and nobody looked in time, both frames are dropped: joined or torn they might look
   whole.
 - A line that is unplugged raises `DeviceUnreachable`; `connect` looks its port up and opens it afresh.
@@ -73,6 +75,9 @@ if TYPE_CHECKING:
 
 SETTLE_S: Final = 0.1  #: silence before a request, so that the reply to an earlier one is not taken for ours
 _SETTLE_AT_MOST_S: Final = 10 * SETTLE_S
+_BETWEEN_S: Final = (
+    0.05  #: silence after an answer, before the next of several questions: it may have more frames
+)
 _LATE_S: Final = 0.002  #: a timer of the event loop is no more exact than this
 
 
@@ -129,6 +134,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         self._question: _Question | None = None  #: the one whose answer may come now
         self._answered: asyncio.Future[None] | None = None
         self._asked_at_s = 0.0
+        self._doubted = False  #: is it doubtful whether what was heard was the answer?
         self._framer: Framer = self._questions[0].dialect.framer(self.counts, in_step=self._asks)
         #: A frame that stands still for this long is over.
         self._still_s = (options.gap_ms if self._by_gap else options.frame_timeout_ms) / 1000
@@ -156,7 +162,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         loop = asyncio.get_running_loop()
         port = open_port(self.options.port, self.options.settings, self._skipped)
         self._serial, self._fd = port, port.fileno()
-        self._framer = self._questions[0].dialect.framer(self.counts, in_step=self._asks)
+        self._framer = self._questions[0].dialect.framer(self.counts, in_step=False)
         self._question = None if self._asks else self._questions[0]
         self._last_byte_s = loop.time()
         self._spoken = False
@@ -172,6 +178,8 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 kind.heard_at_s = now_s
         self._queue.begin()
         loop.add_reader(self._fd, self._readable)
+        if self._still_s:
+            self._still_timer = loop.call_later(self._still_s, self._still)
         if self._asks:
             self._asking = asyncio.create_task(self._ask(), name=f"ask[{self.name}]")
         elif self.options.stale_after_s:
@@ -237,6 +245,9 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         loop = asyncio.get_running_loop()
         due_s = self._last_byte_s + self._still_s
         if not self._framer.partial:
+            # Since the opening nothing has come, and nothing waits: what comes next is the beginning of a frame.
+            if not self._spoken and not _waiting(self._fd):
+                self._framer.begins()
             return
         if loop.time() < due_s:
             self._still_timer = loop.call_at(due_s, self._still)
@@ -246,9 +257,8 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
     def _stood_still(self, now_s: float) -> None:
         """Bytes have come after a silence that no timer has yet told of."""
         if not self._framer.partial:
-            if not self._spoken:
-                self._framer.begins()
-        elif isinstance(self._framer, GapFramer) and now_s - self._last_byte_s > self._still_s + max(
+            return
+        if isinstance(self._framer, GapFramer) and now_s - self._last_byte_s > self._still_s + max(
             _LATE_S, self._still_s / 4
         ):
             self._take(self._framer.unsure())  # we were late: the silence may have been on the line, or ours
@@ -278,6 +288,11 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 else:
                     self.counts.frames += 1
             if said is not None and said.points:
+                # An answer that is none may be another's, or another one's rest.
+                self._doubted |= question.request != b"" and (
+                    isinstance(said.results, Reason)
+                    or all(isinstance(result, Reason) for result in said.results)
+                )
                 self._heard(question, said.points)
                 self._give(_scan(at_ns, said.points, said.results))
 
@@ -326,7 +341,12 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
     async def _ask_one(self, question: _Question) -> bool:
         """False: the line is gone."""
         loop = asyncio.get_running_loop()
-        self._framer = question.dialect.framer(self.counts, in_step=True)
+        several = len(self._questions) > 1
+        if several:
+            await self._silent(_BETWEEN_S)
+        silent = loop.time() - self._last_byte_s >= _BETWEEN_S and not _waiting(self._fd)
+        if several or silent:  # on one that never falls silent, what has been cut so far goes on
+            self._framer = question.dialect.framer(self.counts, in_step=silent)
         try:
             if os.write(self._fd, question.request) != len(question.request):
                 self._fail("took only a part of the request; check the flow control")
@@ -339,6 +359,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
         self._asked_at_s = loop.time()
         self._answered = loop.create_future()
         self._question = question
+        self._doubted = timed_out = False
         try:
             async with asyncio.timeout(self.options.reply_timeout_ms / 1000):
                 await self._answered
@@ -347,20 +368,25 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
                 if kind.heard_at_s < self._asked_at_s and not kind.silent:
                     kind.silent = True
                     self._give(_scan(boot_ns(), kind.points, Reason.TIMEOUT))
-            self._question = self._answered = None
-            await self._quiet()
+            timed_out = True
         finally:
             self._question = self._answered = None
+        if timed_out or (self._doubted and several):
+            await self._quiet()
         return self._fd >= 0
 
     async def _quiet(self) -> None:
         """Wait until a late reply is over. Where there is one question only, a late reply is still the reply to it."""
-        loop = asyncio.get_running_loop()
         several = len(self._questions) > 1
         await asyncio.sleep(max(SETTLE_S, self.options.reply_timeout_ms / 1000 if several else 0.0))
+        await self._silent(SETTLE_S)
+
+    async def _silent(self, silence_s: float) -> None:
+        """Wait until nothing has come for this long; not for ever."""
+        loop = asyncio.get_running_loop()
         give_up_s = loop.time() + _SETTLE_AT_MOST_S
-        while (now_s := loop.time()) < min(give_up_s, self._last_byte_s + SETTLE_S):  # noqa: ASYNC110 - for quiet
-            await asyncio.sleep(min(give_up_s, self._last_byte_s + SETTLE_S) - now_s)
+        while (now_s := loop.time()) < min(give_up_s, self._last_byte_s + silence_s):  # noqa: ASYNC110 - for quiet
+            await asyncio.sleep(min(give_up_s, self._last_byte_s + silence_s) - now_s)
 
     async def _settle(self) -> None:
         """Wait until the line is silent, or the reply to an earlier question would be taken for the reply to ours."""
@@ -377,6 +403,7 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
             self.counts.skipped_bytes += skipped
             if not skipped:
                 return
+            self._last_byte_s = loop.time()
 
     # -------------------------------------------------------------------------------------------------- scans
 
