@@ -58,6 +58,11 @@ def load(name: str) -> type[AnyDriver]:
             f"driver {name!r} ({entry.value}) cannot be loaded: {err}; "
             "install what it needs (ours: pip install 'headgate[agent]')"
         ) from err
+    except (Exception, SystemExit) as err:  # a stranger's module may do anything; its device alone suffers
+        raise ConfigError(
+            f"driver {name!r} ({entry.value}) fails while it is loaded: {type(err).__name__}: {err}; "
+            "tell its author, or uninstall it"
+        ) from err
     if not (isinstance(loaded, type) and issubclass(loaded, Driver | PushDriver)):
         raise ConfigError(
             f"driver {name!r} ({entry.value}) is not a Driver or PushDriver of drivers.contract"
@@ -102,6 +107,11 @@ def build(
         named = [i for i, point in enumerate(found) if text.startswith(f"point {point.name!r}")]
         between = " " if named or text.startswith("options") else ": "
         raise TableError(f"{where}{between}{text}", f"point[{named[0]}]" if named else "options") from err
+    except Exception as err:  # a stranger's code: told at the check, where the other devices go on
+        raise TableError(
+            f"{where}: driver {driver!r} cannot be made: {type(err).__name__}: {err}; tell its author",
+            "driver",
+        ) from err
 
 
 def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path: str) -> _StructT:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from drivers import registry
-from drivers.contract import ConfigError, Driver, Point, PushDriver
+from drivers.contract import ConfigError, Driver, Point, PushDriver, Scan
 from drivers.registry import TableError, build, driver_types, load
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,53 @@ def test_a_broken_package_is_a_configuration_error(
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("mine", value, group)])
     with pytest.raises(ConfigError, match=f"driver 'mine' .*{why}"):
         load("mine")
+
+
+class _BuiltBadly(Driver[msgspec.Struct, Point]):
+    options_type = msgspec.Struct
+    point_type = Point
+
+    async def connect(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def read(self, points: object) -> Scan:
+        raise NotImplementedError
+
+    def __init__(self, name: str, options: msgspec.Struct, points: object) -> None:
+        raise KeyError("unit")
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("def broken(:", "SyntaxError"),
+        ("raise RuntimeError('no library')", "no library"),
+        ("import sys; sys.exit(3)", "SystemExit"),
+    ],
+)
+def test_a_strangers_module_that_fails_while_it_is_loaded_is_an_error_of_its_device(
+    source: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other devices of the gateway are none the worse for it."""
+    name = f"strange_{what.split(maxsplit=1)[0].lower()}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = EntryPoint("bad", f"{name}:Kind", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(TableError, match=rf"device 'x': driver 'bad' \({name}:Kind\).*{what}") as caught:
+        build("x", "bad", {}, [{"name": "a"}])
+    assert caught.value.path == "driver"
+
+
+def test_a_strangers_driver_that_cannot_be_made_is_an_error_of_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = EntryPoint("bad", f"{__name__}:_BuiltBadly", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(EntryPoint, "load", lambda self: _BuiltBadly)
+    with pytest.raises(TableError, match="device 'x': driver 'bad' cannot be made: KeyError: 'unit'"):
+        build("x", "bad", {}, [{"name": "a"}])
 
 
 def test_two_packages_with_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
