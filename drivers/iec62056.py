@@ -160,7 +160,7 @@ class Iec62056Driver(Driver[Iec62056Options, Iec62056Point]):
     def __init__(self, name: str, options: Iec62056Options, points: Sequence[Iec62056Point]) -> None:
         super().__init__(name, options, points)
         self.identification: Identification | None = None  #: as of the last session
-        self._bus: Bus | None = None
+        self._bus: Bus[Wire] | None = None
         refuse_bad_name(options.port)
         for key, value, low, high in (
             ("baud", options.baud, 50, 115_200),
@@ -203,7 +203,7 @@ class Iec62056Driver(Driver[Iec62056Options, Iec62056Point]):
             await self.close()
             raise
 
-    def _turn(self, bus: Bus) -> AbstractAsyncContextManager[Wire]:
+    def _turn(self, bus: Bus[Wire]) -> AbstractAsyncContextManager[Wire]:
         return bus.turn(silence_s=_BETWEEN_S, at_most_s=_AT_MOST_S)
 
     async def close(self) -> None:

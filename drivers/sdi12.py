@@ -226,7 +226,7 @@ class Sdi12Driver(Driver[Sdi12Options, Sdi12Point]):
     def __init__(self, name: str, options: Sdi12Options, points: Sequence[Sdi12Point]) -> None:
         super().__init__(name, options, points)
         self.identity: Identity | None = None
-        self._bus: Bus | None = None
+        self._bus: Bus[Wire] | None = None
         refuse_bad_name(options.port)
         for key, given, low, high in (
             ("baud", options.baud, 300, 921_600),
@@ -283,7 +283,7 @@ class Sdi12Driver(Driver[Sdi12Options, Sdi12Point]):
             return _scan(exc.at_ns, points, exc.reason)
         return _scan(at_ns, points, got)
 
-    async def _measure(self, bus: Bus) -> tuple[list[str] | Reason, int]:
+    async def _measure(self, bus: Bus[Wire]) -> tuple[list[str] | Reason, int]:
         """The measurement's values, and when the last of them came."""
         options = self.options
         check = "C" if options.crc else ""
@@ -361,7 +361,7 @@ class Sdi12Driver(Driver[Sdi12Options, Sdi12Point]):
             bus.leave()
 
 
-def _turn(bus: Bus) -> AbstractAsyncContextManager[Wire]:
+def _turn(bus: Bus[Wire]) -> AbstractAsyncContextManager[Wire]:
     return bus.turn(silence_s=_SILENCE_S, at_most_s=_AT_MOST_S)
 
 

@@ -1,4 +1,5 @@
-"""A serial port on which devices are asked, one question at a time; shared by all devices that name it.
+"""A serial port, or a connection to a serial gateway, on which devices are asked, one question at a time; shared by all
+devices that name it.
 
 Rules:
 
@@ -18,8 +19,9 @@ import fcntl
 import os
 import struct
 import termios
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Final
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from drivers.contract import ConfigError, DeviceUnreachable, boot_ns
 from drivers.port_key import port_key
@@ -44,8 +46,8 @@ _EVEN: Final = bytes(byte | 0x80 if byte.bit_count() % 2 else byte for byte in r
 )
 
 
-class Wire:
-    """An open port: bytes out, bytes in, on the event loop."""
+class Heard(ABC):
+    """An open line's bytes in, whatever the line is. `port` is its name, for messages."""
 
     def __init__(self, port: str, settings: PortSettings) -> None:
         self.port = port
@@ -53,33 +55,24 @@ class Wire:
         self.skipped_bytes = 0
         self.at_ns = 0  #: boot clock of the last byte that came
         self._loop = asyncio.get_running_loop()
-        self._serial: serial.Serial = open_port(port, settings, self._skip)
-        self._fd = self._serial.fileno()
         self._buffer = b""
         self._came: asyncio.Future[None] | None = None
         self._last_byte_s = 0.0
         self._lost: str | None = None
-        self._loop.add_reader(self._fd, self._readable)
 
-    def _skip(self, size: int) -> None:
-        self.skipped_bytes += size
+    @abstractmethod
+    def close(self) -> None:
+        """Give the line back. Never raises; safe to call twice."""
+
+    @abstractmethod
+    def rest(self, settings: PortSettings) -> None:
+        """Leave the line as it was found."""
 
     @property
     def lost(self) -> bool:
         return self._lost is not None
 
-    def _readable(self) -> None:
-        try:
-            chunk = os.read(self._fd, READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as exc:
-            self._lose(exc.strerror or str(exc))
-            return
-        if not chunk:
-            if hung_up(self._fd):
-                self._lose("hung up")
-            return
+    def _take(self, chunk: bytes) -> None:
         self.at_ns = boot_ns()
         self._last_byte_s = self._loop.time()
         self._buffer += chunk
@@ -94,13 +87,98 @@ class Wire:
 
     def _lose(self, why: str) -> None:
         self._lost = why
-        self._loop.remove_reader(self._fd)
         self._wake()
 
     def _gone(self) -> DeviceUnreachable:
         return DeviceUnreachable(
             f"{self.port}: the line is gone ({self._lost}); is it plugged in?", retry_within_s=RETRY_WITHIN_S
         )
+
+    async def receive(
+        self, enough: Callable[[bytes], int], *, first_s: float, between_s: float | None = None
+    ) -> bytes:
+        """What has come, once `enough` says how much of it is wanted (0: not yet); the rest stays. `first_s`: the wait
+        for all of it, or, with `between_s`, for its first byte, and `between_s` for each next. Raises `TimeoutError`,
+        `DeviceUnreachable`."""
+        deadline_s = self._loop.time() + first_s
+        heard = len(self._buffer)
+        while True:
+            if size := enough(self._buffer):
+                taken, self._buffer = self._buffer[:size], self._buffer[size:]
+                return taken
+            if self._lost is not None:
+                raise self._gone()
+            if between_s is not None and len(self._buffer) > heard:
+                heard = len(self._buffer)
+                deadline_s = self._last_byte_s + between_s
+            self._came = self._loop.create_future()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._came
+            finally:
+                self._came = None
+
+    @property
+    def heard(self) -> bytes:
+        """What has come and was not taken."""
+        return self._buffer
+
+    def forget(self) -> None:
+        """Throw away what has come."""
+        self.skipped_bytes += len(self._buffer)
+        self._buffer = b""
+
+    async def quiet(self, silence_s: float, at_most_s: float) -> None:
+        """Wait until nothing has come for this long; what comes is thrown away."""
+        begin_s = self._loop.time()
+        give_up_s = begin_s + at_most_s
+        while self._lost is None:
+            until_s = min(give_up_s, max(begin_s, self._last_byte_s) + silence_s)
+            if (now_s := self._loop.time()) >= until_s:
+                break
+            await asyncio.sleep(until_s - now_s)
+        self.forget()
+
+
+class Wire(Heard):
+    """An open port: bytes out, bytes in, on the event loop."""
+
+    def __init__(self, port: str, settings: PortSettings) -> None:
+        super().__init__(port, settings)
+        self._serial: serial.Serial = open_port(port, settings, self._skip)
+        self._fd = self._serial.fileno()
+        self._loop.add_reader(self._fd, self._readable)
+
+    def _skip(self, size: int) -> None:
+        self.skipped_bytes += size
+
+    def _readable(self) -> None:
+        try:
+            chunk = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._lose(exc.strerror or str(exc))
+            return
+        if not chunk:
+            if hung_up(self._fd):
+                self._lose("hung up")
+            return
+        self._take(chunk)
+
+    def _lose(self, why: str) -> None:
+        self._loop.remove_reader(self._fd)
+        super()._lose(why)
+
+    def forget(self) -> None:
+        """Throw away what has come, what nobody has read yet too."""
+        with contextlib.suppress(OSError):
+            self.skipped_bytes += read_away(self._fd) if self._fd >= 0 else 0
+        super().forget()
+
+    def rest(self, settings: PortSettings) -> None:
+        with contextlib.suppress(DeviceUnreachable):
+            self.set(settings)
 
     def close(self) -> None:
         if self._fd < 0:
@@ -171,70 +249,31 @@ class Wire:
             raise self._gone() from exc
         self.settings = settings
 
-    # -------------------------------------------------------------------------------------------------------- in
 
-    async def receive(
-        self, enough: Callable[[bytes], int], *, first_s: float, between_s: float | None = None
-    ) -> bytes:
-        """What has come, once `enough` says how much of it is wanted (0: not yet); the rest stays. `first_s`: the wait
-        for all of it, or, with `between_s`, for its first byte, and `between_s` for each next. Raises `TimeoutError`,
-        `DeviceUnreachable`."""
-        deadline_s = self._loop.time() + first_s
-        heard = len(self._buffer)
-        while True:
-            if size := enough(self._buffer):
-                taken, self._buffer = self._buffer[:size], self._buffer[size:]
-                return taken
-            if self._lost is not None:
-                raise self._gone()
-            if between_s is not None and len(self._buffer) > heard:
-                heard = len(self._buffer)
-                deadline_s = self._last_byte_s + between_s
-            self._came = self._loop.create_future()
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await self._came
-            finally:
-                self._came = None
-
-    @property
-    def heard(self) -> bytes:
-        """What has come and was not taken."""
-        return self._buffer
-
-    def forget(self) -> None:
-        """Throw away what has come."""
-        with contextlib.suppress(OSError):
-            self.skipped_bytes += read_away(self._fd) if self._fd >= 0 else 0
-        self.skipped_bytes += len(self._buffer)
-        self._buffer = b""
-
-    async def quiet(self, silence_s: float, at_most_s: float) -> None:
-        """Wait until nothing has come for this long; what comes is thrown away."""
-        begin_s = self._loop.time()
-        give_up_s = begin_s + at_most_s
-        while self._lost is None:
-            until_s = min(give_up_s, max(begin_s, self._last_byte_s) + silence_s)
-            if (now_s := self._loop.time()) >= until_s:
-                break
-            await asyncio.sleep(until_s - now_s)
-        self.forget()
+WireT = TypeVar("WireT", bound=Heard)
 
 
-class Bus:
-    """The port, its users, and whose turn it is."""
+class Bus(Generic[WireT]):
+    """The line, its users, and whose turn it is."""
 
-    def __init__(self, key: tuple[int, str], port: str, settings: PortSettings) -> None:
+    def __init__(
+        self,
+        key: tuple[int, str],
+        port: str,
+        settings: PortSettings,
+        open_wire: Callable[[], Awaitable[WireT]],
+    ) -> None:
         self._key = key
         self._port = port
         self.settings = settings
+        self._open_wire = open_wire
         self._users = 0
         self._turn = asyncio.Lock()
-        self._wire: Wire | None = None
+        self._wire: WireT | None = None
         self._dirty = False
 
     @contextlib.asynccontextmanager
-    async def turn(self, *, silence_s: float, at_most_s: float) -> AsyncIterator[Wire]:
+    async def turn(self, *, silence_s: float, at_most_s: float) -> AsyncIterator[WireT]:
         """The wire, for the length of one exchange. After a turn that went wrong the line is first silent for
         `silence_s`, or the wait ends after `at_most_s`: a line that never falls silent is used again, and the checks
         must do. Raises `DeviceUnreachable`, `ConfigError`."""
@@ -243,7 +282,7 @@ class Bus:
                 raise DeviceUnreachable(f"{self._port}: not connected")
             if self._wire is None or self._wire.lost:
                 self._shut()
-                self._wire = Wire(self._port, self.settings)
+                self._wire = await self._open_wire()
                 self._dirty = True  # somebody may have been answering before we came
             wire = self._wire
             if self._dirty:
@@ -257,8 +296,7 @@ class Bus:
                 if wire.lost or not self._users:
                     self._shut()
                 else:
-                    with contextlib.suppress(DeviceUnreachable):
-                        wire.set(self.settings)
+                    wire.rest(self.settings)
 
     def leave(self) -> None:
         self._users -= 1
@@ -272,23 +310,34 @@ class Bus:
         if wire is not None:
             wire.close()
 
-    def join(self) -> Bus:
+    def join(self) -> Bus[WireT]:
         self._users += 1
         return self
 
 
-_buses: dict[tuple[int, str], Bus] = {}
+_buses: dict[tuple[int, str], Bus[Any]] = {}
 
 
-def join(port: str, settings: PortSettings) -> Bus:
+def join(port: str, settings: PortSettings) -> Bus[Wire]:
     """The bus on this port, until `leave`. Raises `DeviceUnreachable` where the port's name leads nowhere, and
     `ConfigError` where others use the port with other settings."""
-    key = (id(asyncio.get_running_loop()), port_key(resolve(port)))
-    bus = _buses.get(key)
+
+    async def open_wire() -> Wire:
+        return Wire(port, settings)
+
+    return join_line(port, port_key(resolve(port)), settings, open_wire)
+
+
+def join_line(
+    name: str, key: str, settings: PortSettings, open_wire: Callable[[], Awaitable[WireT]]
+) -> Bus[WireT]:
+    """The bus on the line of this key, until `leave`. Raises `ConfigError` where others use it with other settings."""
+    at = (id(asyncio.get_running_loop()), key)
+    bus = _buses.get(at)
     if bus is None:
-        bus = _buses[key] = Bus(key, port, settings)
+        bus = _buses[at] = Bus(at, name, settings, open_wire)
     elif bus.settings != settings:
         raise ConfigError(
-            f"options.port {port}: is in use with {bus.settings}; two devices on one line need the same settings"
+            f"options.port {name}: is in use with {bus.settings}; two devices on one line need the same settings"
         )
     return bus.join()
