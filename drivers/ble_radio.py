@@ -61,6 +61,9 @@ _IN_PROGRESS: Final = "org.bluez.Error.InProgress"
 # What a passive scan asks the adapter to report: service data (AD type 0x16) of the formats' UUIDs, and manufacturer
 # data (0xFF) of their companies, each little-endian at the start (Core Specification Supplement, part A, 1.4, 1.11).
 _SERVICE_DATA, _COMPANY_DATA = 0x16, 0xFF
+# In one monitor. bluetoothd (5.66, and its main branch of 2026 too) counts the bytes of them all in 8 bits, 34 for each
+# (src/adv_monitor.c, merged_pattern_send_add_pattern), and an eighth makes it write beyond what it has allocated.
+_MOST_PATTERNS = 7
 
 
 class Need(enum.IntEnum):
@@ -87,11 +90,12 @@ class Patterns(msgspec.Struct, frozen=True):
     services: tuple[int, ...]  #: 16-bit UUIDs
     companies: tuple[int, ...]
 
-    def as_bluez(self) -> list[list[object]]:
-        """As `a(yyay)`: position, AD type, content."""
+    def as_bluez(self) -> list[list[list[object]]]:
+        """Each monitor's, as `a(yyay)`: position, AD type, content."""
         wanted = [(_SERVICE_DATA, short) for short in self.services]
         wanted += [(_COMPANY_DATA, number) for number in self.companies]
-        return [[0, kind, number.to_bytes(2, "little")] for kind, number in wanted]
+        told: list[list[object]] = [[0, kind, number.to_bytes(2, "little")] for kind, number in wanted]
+        return [told[at : at + _MOST_PATTERNS] for at in range(0, len(told), _MOST_PATTERNS)]
 
 
 # --------------------------------------------------------------------------------------------------------- D-Bus
@@ -135,8 +139,11 @@ class _Session:
         self.adapter = adapter  #: "hci0"
         self.path = f"/org/bluez/{adapter}"
         self.can_monitor = False
-        self._monitor: list[list[object]] | None = None
+        self._monitors: list[list[list[object]]] = []
         self._root = f"/headgate/{next(_ids)}"
+        self.released: asyncio.Future[None] = (
+            asyncio.get_running_loop().create_future()
+        )  #: the monitor, by BlueZ
         self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
         self._ended = asyncio.create_task(_ended(bus), name=f"ble-bus[{adapter}]")
 
@@ -214,6 +221,10 @@ class _Session:
         return self._gone.result() if self._gone.done() else "the connection to D-Bus is gone"
 
     @property
+    def was_released(self) -> bool:
+        return bool(self._monitors) and self.released.done()
+
+    @property
     def is_gone(self) -> bool:
         return self._gone.done() or self._ended.done()
 
@@ -245,11 +256,13 @@ class _Session:
 
     async def monitor(self, patterns: Patterns) -> None:
         """The passive scan: only what matches, and only when it has changed. Raises `_Refused` if it cannot be had."""
-        self._monitor = patterns.as_bluez()
+        self._monitors = patterns.as_bluez()
         await self._told("RegisterMonitor", "o", self._root, interface=MONITORS)
 
     async def stop_monitor(self) -> None:
-        self._monitor = None
+        self._monitors = []
+        if self.released.done():
+            return  # BlueZ has dropped it, and 5.66 stumbles over being asked to
         with contextlib.suppress(_Refused):
             await self._told("UnregisterMonitor", "o", self._root, interface=MONITORS)
 
@@ -262,14 +275,23 @@ class _Session:
             self._root
         ):
             return None
-        described = {"Type": Variant("s", "or_patterns"), "Patterns": Variant("a(yyay)", self._monitor or [])}
+        monitors = {
+            f"{self._root}/{number}": {
+                MONITOR: {"Type": Variant("s", "or_patterns"), "Patterns": Variant("a(yyay)", patterns)}
+            }
+            for number, patterns in enumerate(self._monitors)
+        }
         match message.member:
             case "GetManagedObjects":
-                objects = {f"{self._root}/monitor": {MONITOR: described}} if self._monitor else {}
-                return Reply.new_method_return(message, "a{oa{sa{sv}}}", [objects])
-            case "GetAll":
-                return Reply.new_method_return(message, "a{sv}", [described])
-            case "Release" | "Activate" | "DeviceFound" | "DeviceLost":
+                return Reply.new_method_return(message, "a{oa{sa{sv}}}", [monitors])
+            case "GetAll" if message.path in monitors:
+                return Reply.new_method_return(message, "a{sv}", [monitors[message.path][MONITOR]])
+            case "Release":
+                # It cannot have it: the kernel or the adapter refused, after BlueZ had said yes.
+                if self._monitors and not self.released.done():
+                    self.released.set_result(None)
+                return Reply.new_method_return(message)
+            case "Activate" | "DeviceFound" | "DeviceLost":
                 return Reply.new_method_return(message)
         return None
 
@@ -549,7 +571,9 @@ def _news(before: Mapping[_KeyT, bytes], now: Mapping[_KeyT, bytes]) -> Mapping[
 class Scanner:
     """One adapter at work for all who listen."""
 
-    def __init__(self, wanted: str, patterns: Patterns) -> None:
+    def __init__(self, wanted: str, patterns: Patterns, unmonitored: set[str]) -> None:
+        """`unmonitored`: the adapters that were found not to scan passively."""
+        self._unmonitored = unmonitored
         self._wanted = wanted
         self._patterns = patterns
         self._receiver = _Receiver("")
@@ -564,13 +588,12 @@ class Scanner:
             self._loop.create_future()
         )  #: the scan, so that the guard looks again
         self._changing = asyncio.Lock()
-        self._said_active = False
         self.failure: DeviceUnreachable | None = None
 
     @classmethod
-    async def open(cls, wanted: str, patterns: Patterns) -> Scanner:
+    async def open(cls, wanted: str, patterns: Patterns, unmonitored: set[str]) -> Scanner:
         """Raises `DeviceUnreachable`."""
-        scanner = cls(wanted, patterns)
+        scanner = cls(wanted, patterns, unmonitored)
         scanner._session = await _Session.open(wanted, scanner._receiver)
         scanner._receiver.settle(scanner._session.path)
         scanner._guard_task = asyncio.create_task(scanner._guard(), name=f"ble-guard[{scanner.adapter}]")
@@ -666,17 +689,19 @@ class Scanner:
 
     async def _start(self, session: _Session, before: Need, wanted: Need) -> None:
         if wanted is Need.PASSIVE:
-            if session.can_monitor:
+            if session.adapter in self._unmonitored:
+                pass
+            elif not session.can_monitor:
+                self._not_passive(
+                    "bluetoothd has no advertisement monitors (before 5.56, or without --experimental)"
+                )
+            else:
                 try:
                     await session.monitor(self._patterns)
                 except _Refused as exc:
-                    self._say_active(str(exc))
+                    self._not_passive(str(exc))
                 else:
                     return
-            else:
-                self._say_active(
-                    "bluetoothd has no advertisement monitors (before 5.56, or without --experimental)"
-                )
             self._need = Need.ACTIVE
         if wanted is not Need.WATCH:
             await session.scan()
@@ -685,10 +710,12 @@ class Scanner:
         if before is Need.PASSIVE:
             await session.stop_monitor()
 
-    def _say_active(self, why: str) -> None:
-        if not self._said_active:
-            self._said_active = True
-            _log.info("Bluetooth: passive scanning cannot be had, so senders are asked actively: %s", why)
+    def _not_passive(self, why: str) -> None:
+        """Once and for all: it is not tried again, since some versions of bluetoothd do not survive it for long."""
+        adapter = self._open_session.adapter
+        if adapter not in self._unmonitored:
+            self._unmonitored.add(adapter)
+            _log.info("Bluetooth: passive scanning cannot be had on %s, so it is active: %s", adapter, why)
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -729,7 +756,7 @@ class Scanner:
                 session = self._open_session
                 gone = asyncio.create_task(session.wait_gone(), name=f"ble-gone[{session.adapter}]")
                 try:
-                    await self._until_deaf(gone)
+                    await self._until_deaf(session, gone)
                 finally:
                     gone.cancel()
                 async with self._changing:
@@ -739,7 +766,7 @@ class Scanner:
         except Exception as exc:  # noqa: BLE001 - a guard that ends unseen would leave all listeners deaf for ever
             self._fail(DeviceUnreachable(f"Bluetooth: {type(exc).__name__}: {exc}"))
 
-    async def _until_deaf(self, gone: asyncio.Task[str]) -> None:
+    async def _until_deaf(self, session: _Session, gone: asyncio.Task[str]) -> None:
         """Raises `DeviceUnreachable` when the adapter is gone."""
         while True:
             if self._receiver.last_data_s > self._started_s:
@@ -747,10 +774,12 @@ class Scanner:
             patience_s = RESTART_AFTER_S if self._restarts != 1 else RESET_AFTER_S
             due_s = self._receiver.last_data_s + patience_s
             scanning = self._need is not Need.WATCH
-            if scanning and due_s <= self._loop.time():
+            if scanning and (due_s <= self._loop.time() or session.was_released):
                 return
             self._changed = self._loop.create_future()
             waiting: set[asyncio.Task[str] | asyncio.Future[None]] = {gone, self._changed}
+            if self._need is Need.PASSIVE:
+                waiting.add(session.released)
             await asyncio.wait(
                 waiting,
                 timeout=max(due_s - self._loop.time(), 0.01) if scanning else None,
@@ -760,7 +789,14 @@ class Scanner:
                 raise DeviceUnreachable(f"Bluetooth: {gone.result()}")
 
     async def _afresh(self, session: _Session) -> None:
-        """A new connection, and the scan anew; the second time in a row the adapter is switched off and on."""
+        """A new connection, and the scan anew; the second time in a row the adapter is switched off and on. A passive
+        scan that is given back, or hears nothing, goes on as an active one."""
+        if self._need is Need.PASSIVE:
+            self._not_passive(
+                "bluetoothd gave the monitor back" if session.was_released else "nothing was heard that way"
+            )
+            await self._change(session, Need.ACTIVE)
+            return
         quiet_s = self._loop.time() - self._receiver.last_data_s
         self._restarts += 1
         switched = self._restarts == 2 and self._receiver.ever_heard and not self._receiver.anybody_connected
@@ -847,6 +883,7 @@ class Hub:
         self._lock = asyncio.Lock()
         self._scanners: dict[str, Scanner] = {}
         self._slots: dict[str, Slots] = {}
+        self._unmonitored: set[str] = set()
 
     @contextlib.asynccontextmanager
     async def scanner(self, adapter: str) -> AsyncIterator[Scanner]:
@@ -877,7 +914,7 @@ class Hub:
         return self._slots.setdefault(adapter, Slots(CONNECTIONS))
 
     async def _open(self, adapter: str) -> Scanner:
-        fresh = await Scanner.open(adapter, self._patterns)
+        fresh = await Scanner.open(adapter, self._patterns, self._unmonitored)
         # "" and "hci0" may be the same adapter, and one scan of it is enough.
         scanner = self._scanners.get(fresh.adapter)
         if scanner is not None and scanner.failure is None:

@@ -340,6 +340,8 @@ async def test_a_format_that_numbers_its_messages_is_scanned_for_passively(monit
     async with listening(driver) as scans:
         await until(lambda: bool(monitoring.monitors))
         assert not monitoring.discovering
+        # An eighth pattern in one monitor makes bluetoothd write beyond its memory.
+        assert all(0 < len(one.patterns) <= 7 for one in monitoring.monitors)
         assert monitoring.advertise(B, company_data={0x0499: RUUVI})
         assert (await following(scans)).values == [4860]
         assert not monitoring.advertise(A, company_data={0xFFFF: b"anything else"})
@@ -370,6 +372,35 @@ async def test_without_monitors_it_scans_actively_and_says_so_once(
         bluez.advertise(B, company_data={0x0499: RUUVI})
         assert (await following(scans)).values == [4860]
     assert len([record for record in caplog.records if "passive scanning" in record.message]) == 1
+
+
+async def test_a_monitor_that_bluez_gives_back_makes_the_scan_active(
+    monitoring: FakeBlueZ, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="drivers.ble_radio")
+    monitoring.monitors_fail = True
+    driver = sensor("temperature", address=B, format="ruuvi")
+    async with listening(driver) as scans:
+        await until(lambda: monitoring.discovering)
+        monitoring.advertise(B, company_data={0x0499: RUUVI})
+        assert (await following(scans)).values == [4860]
+    registered = count(monitoring, "RegisterMonitor")
+    async with listening(driver):
+        assert monitoring.discovering
+    assert registered == count(monitoring, "RegisterMonitor") == 1  # it is not tried again
+    assert len([record for record in caplog.records if "passive scanning" in record.message]) == 1
+
+
+async def test_a_passive_scan_that_hears_nothing_goes_on_as_an_active_one(
+    monitoring: FakeBlueZ, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ble_radio, "RESTART_AFTER_S", 0.3)
+    driver = sensor("temperature", address=B, format="ruuvi")
+    async with listening(driver) as scans:
+        assert not monitoring.discovering
+        await until(lambda: monitoring.discovering)
+        monitoring.advertise(B, company_data={0x0499: RUUVI})
+        assert (await following(scans)).values == [4860]
 
 
 # ------------------------------------------------------------------------------------------------------------ survey

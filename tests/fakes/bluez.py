@@ -176,6 +176,7 @@ class FakeBlueZ:
         self.connects: deque[str] = deque(maxlen=200)  #: likewise, and not forgotten when they end
         self.most_connected = self.most_connecting = 0
         self.monitors: list[_Monitor] = []
+        self.monitors_fail = False  #: the kernel refuses them, after BlueZ has said yes
         self._has_monitors = monitors
         self._scanned_before = False
         self._connecting = 0
@@ -535,8 +536,10 @@ class FakeBlueZ:
                 patterns = [
                     (kind, bytes(content)) for _, kind, content in interfaces[MONITOR]["Patterns"].value
                 ]
-                self.monitors.append(_Monitor(client, root, patterns))
-                await bus.call(Message(destination=client, path=path, interface=MONITOR, member="Activate"))
+                told = "Release" if self.monitors_fail else "Activate"
+                if not self.monitors_fail:
+                    self.monitors.append(_Monitor(client, root, patterns))
+                await bus.call(Message(destination=client, path=path, interface=MONITOR, member=told))
 
     def _answer(self, message: Message) -> Message:
         path, member = message.path or "", message.member or ""
