@@ -548,7 +548,7 @@ async def test_a_key_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({}, {"object": "temperatures"}, "unknown object 'temperatures'; did you mean 'temperature'"),
         ({}, {"object": "rssi_2"}, "unknown object"),
         ({"format": "ruuvi"}, {"object": "battery"}, "RuuviTag has no object 'battery'; .*pvvx.* has it"),
-        ({"format": "ruuvi"}, {"object": "temprature"}, "did you mean 'temperature'"),
+        ({"format": "ruuvi"}, {"object": "temperatures"}, "did you mean 'temperature'"),
         (
             {"format": "ruuvi", "key_file": "/k"},
             {"object": "voltage"},
