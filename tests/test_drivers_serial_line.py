@@ -156,6 +156,19 @@ async def test_a_silence_that_nobody_listened_to_makes_no_line_whole(instrument:
     assert [scan.values for scan in got] == [[None], [789.1]]
 
 
+async def test_a_silence_in_a_line_that_was_running_makes_the_rest_no_line(
+    instrument: SerialInstrument,
+) -> None:
+    driver = columns_driver(instrument, [P(name="x", column=1)])
+    driver._still_s = 0.03
+    async with opened(driver) as scans:
+        instrument.noise(b"45")
+        await asyncio.sleep(0.1)  # the silence under test
+        instrument.noise(b"6.7;\n8.9;\n")
+        got = [await following(scans) for _ in range(2)]
+    assert [scan.values for scan in got] == [[None], [8.9]]
+
+
 async def test_what_waited_before_the_port_was_opened_gets_no_new_time(instrument: SerialInstrument) -> None:
     driver = text_driver(instrument)
     async with opened(driver) as scans:
@@ -374,52 +387,53 @@ async def test_a_late_reply_is_never_the_answer_to_another_question(instrument: 
     assert driver.counts.late_replies == 1
 
 
+@pytest.mark.parametrize(
+    ("answer_s", "rest_s"), [(0.0, 0.005), (0.15, 0.1)], ids=["at_once", "after_the_next_question"]
+)
 async def test_a_reply_of_more_frames_than_one_never_shifts_the_answers_to_other_questions(
-    instrument: SerialInstrument,
+    answer_s: float, rest_s: float, instrument: SerialInstrument
 ) -> None:
-    """`OK` after each value, sooner or later than the next question."""
+    """`OK` after each value."""
     options = SerialLineOptions(
         port=instrument.port,
         delimiter="\r",
         pattern=r"(?P<value>\S+)",
         request_period_ms=10,
-        reply_timeout_ms=200,
+        reply_timeout_ms=300,
     )
     true = {"a": 1.0, "b": 2.0, "c": 3.0}
     points = [P(name=name, field="value", request=f"{name}\r") for name in true]
     driver = SerialLineDriver("monitor", options, points)
-    pause_s = 0.005
 
     async def answer() -> None:
+        loop = asyncio.get_running_loop()
         rest = b""
         while True:
             rest += instrument.heard()
             while (end := rest.find(b"\r")) >= 0:
                 asked, rest = rest[:end].decode(), rest[end + 1 :]
-                instrument.send(b"%g\r" % true[asked])
-                await asyncio.sleep(pause_s)
-                instrument.noise(b"OK\r")
+                loop.call_later(answer_s, instrument.send, b"%g\r" % true[asked])
+                loop.call_later(answer_s + rest_s, instrument.noise, b"OK\r")
             await asyncio.sleep(0.002)
 
     task = asyncio.create_task(answer())
     async with opened(driver) as scans:
-        quick = [await following(scans) for _ in range(9)]
-        pause_s = 0.12
-        slow = [await following(scans) for _ in range(9)]
+        got = [await following(scans) for _ in range(12)]
     task.cancel()
-    good = [(scan.points[0].name, scan.values[0]) for scan in quick + slow if not scan.reasons]
-    assert set(good) == set(true.items())
-    assert len(good) >= 9
-    assert not any(scan.reasons for scan in quick)
+    good = [(scan.points[0].name, scan.values[0]) for scan in got if not scan.reasons]
+    assert set(good) <= set(true.items())
+    assert len(good) >= (4 if answer_s else 12)
 
 
+@pytest.mark.parametrize("questions", [1, 2])
 async def test_a_line_that_never_falls_silent_is_not_cut_in_two_by_a_question(
-    instrument: SerialInstrument,
+    questions: int, instrument: SerialInstrument
 ) -> None:
     options = SerialLineOptions(
-        port=instrument.port, separator=",", request="READ\r", request_period_ms=10, reply_timeout_ms=300
+        port=instrument.port, separator=",", request_period_ms=10, reply_timeout_ms=100
     )
-    driver = SerialLineDriver("both", options, [P(name="w", column=1)])
+    points = [P(name=name, column=1, request=name) for name in "ab"[:questions]]
+    driver = SerialLineDriver("both", options, points)
 
     async def talk() -> None:
         while True:
@@ -429,10 +443,11 @@ async def test_a_line_that_never_falls_silent_is_not_cut_in_two_by_a_question(
 
     task = asyncio.create_task(talk())
     async with opened(driver) as scans:
-        got = [await following(scans) for _ in range(20)]
+        got = [await following(scans) for _ in range(20 if questions == 1 else 5)]
     task.cancel()
     assert {scan.values[0] for scan in got} <= {12345.5, None}
-    assert got[-1].values == [12345.5]
+    if questions == 1:
+        assert got[-1].values == [12345.5]
 
 
 async def test_an_adapter_that_hears_itself_gives_no_reading_of_the_request(
