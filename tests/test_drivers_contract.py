@@ -95,6 +95,7 @@ async def test_modbus_tcp_conforms(check: conformance.Check) -> None:
             conformance.Subject(
                 build=lambda: build("d", "modbus", options, POINTS),
                 absent=lambda: build("d", "modbus", {**options, "port": port}, POINTS),
+                peer_files=("*/modbus_peer.py",),  # it keeps what it was asked
             )
         )
 
@@ -113,6 +114,7 @@ async def test_modbus_rtu_conforms(check: conformance.Check) -> None:
             conformance.Subject(
                 build=lambda: build("d", "modbus", options, POINTS),
                 absent=lambda: build("d", "modbus", {**options, "unit": 77, "timeout_ms": 50}, POINTS),
+                peer_files=("*/modbus_peer.py",),
             )
         )
 

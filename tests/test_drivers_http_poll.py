@@ -324,7 +324,7 @@ def test_a_json_value_is_of_the_points_type_or_says_why_not(
 HTML = Form(format="html")
 PAGE = """<html><head><title>Station</title></head><body>
 <p class=stamp>23.11.2026 10:50</p>
-<table id=now><tr class=t><td>Temperatur<td>\u22123,5\u00a0°C</tr>
+<table id=now><tr class=t><td>Luft<td>\u22123,5\u00a0°C</tr>
 <tr><td>Druck<td data-raw="1013.25">1013 hPa</tr></table>
 <p class=stamp>other</p>""".encode()
 
