@@ -106,5 +106,7 @@ _SAME_UNIT: Final = {
 
 
 def same_unit(one: str, other: str) -> bool:
-    one, other = one.strip().lower(), other.strip().lower()
-    return _SAME_UNIT.get(one, one) == _SAME_UNIT.get(other, other)
+    """Capitals do not count ("KG"), but where they tell mega from milli."""
+    one, other = one.strip(), other.strip()
+    low_one, low_other = (_SAME_UNIT.get(unit.lower(), unit.lower()) for unit in (one, other))
+    return low_one == low_other and (low_one[:2] in ("m", "m3") or (one[:1] == "M") == (other[:1] == "M"))

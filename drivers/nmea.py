@@ -35,17 +35,27 @@ MAX_SENTENCE_BYTES: Final = 512
 
 _ESTIMATED: Final = dict.fromkeys("EMS", Reason.DEVICE_DOUBT) | {"N": Reason.DEVICE_FAULT}  # mode indicator
 _VOID: Final = {"V": Reason.DEVICE_FAULT}
-#: Where a sentence says how good it is, and what each character there means.
-_FLAGS: Final[dict[str, tuple[tuple[int, dict[str, Reason]], ...]]] = {
-    "RMC": ((2, _VOID), (12, _ESTIMATED)),
-    "GLL": ((6, _VOID), (7, _ESTIMATED)),
-    "VTG": ((9, _ESTIMATED),),
-    "GGA": ((6, {"0": Reason.DEVICE_FAULT} | dict.fromkeys("678", Reason.DEVICE_DOUBT)),),
-    "MWV": ((5, _VOID),),
-    "ROT": ((2, _VOID),),
-    "XTE": ((1, _VOID), (2, _VOID)),
-    "RSA": ((2, _VOID), (4, _VOID)),
-    "TTM": (),
+_HEADING: Final = _ESTIMATED | _VOID
+#: Where a sentence says how good it is, what each character there means, and of which columns (none named: of all).
+_FLAGS: Final[dict[str, tuple[tuple[int, dict[str, Reason], tuple[int, ...]], ...]]] = {
+    "RMC": ((2, _VOID, ()), (12, _ESTIMATED, ())),
+    "RMA": ((1, _VOID, ()),),
+    "RMB": ((1, _VOID, ()),),
+    "GLL": ((6, _VOID, ()), (7, _ESTIMATED, ())),
+    "VTG": ((9, _ESTIMATED, ()),),
+    "GGA": ((6, {"0": Reason.DEVICE_FAULT} | dict.fromkeys("678", Reason.DEVICE_DOUBT), ()),),
+    "GNS": ((6, _ESTIMATED, ()),),
+    "MWV": ((5, _VOID, ()),),
+    "ROT": ((2, _VOID, ()),),
+    "RPM": ((5, _VOID, ()),),
+    "THS": ((2, _HEADING, ()),),
+    "APB": ((1, _VOID, ()), (2, _VOID, ())),
+    "XTE": ((1, _VOID, ()), (2, _VOID, ())),
+    "OSD": ((2, _VOID, (1,)),),
+    # One rudder's sentence has V for the other: a status is no null field.
+    "RSA": ((2, _VOID, (1,)), (4, _VOID, (3,))),
+    "ROR": ((2, _VOID, (1,)), (4, _VOID, (3,))),
+    "VBW": ((3, _VOID, (1, 2)), (6, _VOID, (4, 5)), (8, _VOID, (7,)), (10, _VOID, (9,))),
 }
 
 
@@ -136,11 +146,11 @@ class Nmea:
         if not wanted:
             return None
         points = wanted[0] if len(wanted) == 1 else tuple(point for of in wanted for point in of)
-        flag = self._flag(address, fields)
-        return Heard(points, [self._result(point, fields, flag) for point in points])
+        return Heard(points, [self._result(point, address, fields) for point in points])
 
-    def _result(self, point: SerialLinePoint, fields: list[str], flag: Reason | None) -> Result:
+    def _result(self, point: SerialLinePoint, address: str, fields: list[str]) -> Result:
         column = (point.column or 1) - 1
+        flag = self._flag(address, fields, column + 1)
         field = fields[column].strip() if column < len(fields) else ""
         if not field:
             return Reason.MISSING
@@ -152,13 +162,18 @@ class Nmea:
         return result if point.type is ValueType.STR else flagged(result, flag)
 
     @staticmethod
-    def _flag(address: str, fields: list[str]) -> Reason | None:
-        """The worst that the sentence says of itself."""
-        found = [
-            meaning[fields[column - 1]]
-            for column, meaning in _FLAGS.get(address[-3:], ())
-            if column <= len(fields) and fields[column - 1] in meaning
-        ]
+    def _flag(address: str, fields: list[str], column: int) -> Reason | None:
+        """The worst that the sentence says of this column."""
+        found: list[Reason] = []
+        for at, meaning, of in _FLAGS.get(address[-3:], ()):
+            if at > len(fields) or (of and column not in of):
+                continue
+            said = {meaning.get(character) for character in fields[at - 1].strip()}
+            if (
+                len(said) > 1
+            ):  # GNS has a character for each system; one without a fix does not harm the others
+                said.discard(Reason.DEVICE_FAULT)
+            found += [reason for reason in said if reason is not None]
         return max(found, default=None)
 
     def _damaged(self, line: bytes, reason: Reason) -> Said:

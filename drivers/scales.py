@@ -53,21 +53,15 @@ Parse: TypeAlias = Callable[[bytes], Weighing | Reason | None]
 
 # ------------------------------------------------------------------------------------------------ Mettler Toledo
 
-_TOLEDO_UNITS: Final = (
-    "",
-    "g",
-    "t",
-    "oz",
-    "ozt",
-    "dwt",
-    "ton",
-    "",
-)  #: status word C, bits 0-2; 0: see word B
+#: Status word C, bits 0-2; 0: see word B. 4 and 5 are troy ounces and pennyweights to some, unused to others, and 7 is
+#: a unit of its own (newtons, none): a number in what is not known here is no weight in kilograms.
+_TOLEDO_UNITS: Final = ("", "g", "t", "oz", "unit 4", "unit 5", "ton", "unit 7")
 
 
 def toledo(body: bytes) -> Weighing | Reason:
     """Status words A, B, C, six digits of weight, six of tare (METTLER TOLEDO continuous output: IND445 user manual,
-    5.2.2; Wildcat technical manual, appendix 2)."""
+    5.2.2; Wildcat user manual, tables 6-9 to 6-11; Ohaus Defender 5000 manual, tables 5-2 to 5-4, agrees bit by bit,
+    the units 4 to 7 of word C excepted)."""
     a, b, c = body[0], body[1], body[2]
     if not a & b & c & 0x20:  # bit 5 of each word is always 1
         return Reason.FRAMING
@@ -79,11 +73,11 @@ def toledo(body: bytes) -> Weighing | Reason:
         if not out_of_range:
             return Reason.FRAMING
         trouble = Reason.EXCEPTION
-    elif c & 0x10:  # expanded by ten: one more digit than word A says
+    elif c & 0x10:  # expanded by ten; whether word A already counts the further digit, makers do not say
         weight, trouble = None, Reason.DECODE
     elif b & 0x02:
         weight = -weight
-    unit = _TOLEDO_UNITS[c & 0x07] or ("" if c & 0x07 else "kg" if b & 0x10 else "lb")
+    unit = _TOLEDO_UNITS[c & 0x07] or ("kg" if b & 0x10 else "lb")
     return Weighing(
         weight=weight, tare=tare, unit=unit, stable=not b & 0x08, overload=out_of_range, net=net, trouble=trouble,
         flag=Reason.DEVICE_DOUBT if b & 0x40 else None,  # zero not captured since power-up
@@ -130,12 +124,14 @@ def toledo_frames(data: bytes, counts: LineCounts, *, checked: bool) -> list[byt
 # ------------------------------------------------------------------------------------------------ A&D, CAS
 
 _STATES: Final = {b"ST": True, b"QT": True, b"US": False, b"OL": None}
-_AND: Final = re.compile(rb"(ST|QT|US|OL),(?:([A-Z~-]{2}),)?([ +\-0-9.,]{1,12}?) {0,3}([A-Za-z%]{1,3}|)")
+_AND: Final = re.compile(
+    rb"(ST|QT|US|OL),(?:([A-Z~-][A-Z ~-]),)?([ +\-0-9.,]{1,12}?(?:E\+19)?) {0,3}([A-Za-z%]{1,3}|)"
+)
 
 
 def and_standard(body: bytes) -> Weighing | Reason | None:
     """`ST,+00123.45  g`: a header, perhaps a second (GS, NT, TR, HI, OK, LO), nine characters of data, the unit (A&D
-    EK-L series manual, 9-2; AD-4329 manual, 11.1.1; the 18 bytes "AND" of CAS indicators)."""
+    EK-L series manual, 9-2; GX/GF series manual, 10.6; AD-4329A manual, 9.1; the 18 bytes "AND" of CAS indicators)."""
     found = _AND.fullmatch(body.strip())
     if found is None:
         return Reason.FRAMING

@@ -9,7 +9,7 @@ import pytest
 
 from drivers.checks import crc16_arc, xor_of
 from drivers.contract import Reason, ValueType
-from drivers.fields import Doubted, Result
+from drivers.fields import Doubted, Result, same_unit
 from drivers.framing import LineCounts
 from drivers.instrument import Heard, SerialLineOptions, SerialLinePoint
 from drivers.nmea import answers, degrees, split
@@ -109,6 +109,28 @@ def test_ais_text_can_be_taken_as_it_is() -> None:
 def test_what_a_sentence_says_of_itself_is_said_of_its_values(sentence: bytes, reason: Reason | None) -> None:
     value = 48 + 7.038 / 60
     assert results("nmea0183", sentence, LATITUDE) == [value if reason is None else Doubted(value, reason)]
+
+
+@pytest.mark.parametrize(
+    ("body", "column", "value"),
+    [
+        ("AGRSA,-4.5,A,,V", 1, -4.5),  # one rudder: the status of the other is no null field, so it is void
+        ("AGRSA,-4.5,V,3.0,A", 1, Doubted(-4.5, FAULT)),
+        ("AGRSA,-4.5,V,3.0,A", 3, 3.0),
+        ("IIRPM,S,1,1200.0,10.5,V", 3, Doubted(1200.0, FAULT)),
+        ("HETHS,77.5,E", 1, Doubted(77.5, DOUBT)),
+        ("HETHS,77.5,V", 1, Doubted(77.5, FAULT)),
+        ("VMVBW,10.1,0.2,A,9.8,0.1,V", 1, 10.1),
+        ("VMVBW,10.1,0.2,A,9.8,0.1,V", 4, Doubted(9.8, FAULT)),
+        ("IIRMB,V,0.66,L,1,2,4917.24,N,12309.57,W,1.3,52.5,0.5,V", 2, Doubted(0.66, FAULT)),
+        ("GNGNS,1,4807.0,N,01131.0,E,NN,0,9.9,545.4,46.9,,", 9, Doubted(545.4, FAULT)),
+        ("GNGNS,1,4807.0,N,01131.0,E,AN,8,0.9,545.4,46.9,,", 9, 545.4),
+        ("GNGNS,1,4807.0,N,01131.0,E,EE,8,0.9,545.4,46.9,,", 9, Doubted(545.4, DOUBT)),
+    ],
+)
+def test_a_status_is_about_the_fields_that_it_stands_for(body: str, column: int, value: object) -> None:
+    point = P(name="x", sentence=body[2:5], column=column)
+    assert results("nmea0183", sealed(body), point) == [value]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +290,12 @@ A, B, C = 0x2B, 0x30, 0x20
         (toledo_frame(A, B & ~0x10, C, "001234", "000000"), Reason.DECODE, Reason.DECODE),  # pounds
         (toledo_frame(A, B, C | 0x01, "001234", "000000"), Reason.DECODE, Reason.DECODE),  # grams
         (toledo_frame(A, B, C | 0x10, "001234", "000000"), Reason.DECODE, 0.0),  # expanded by ten
+        (toledo_frame(A, B, C | 0x07, "001234", "000000"), Reason.DECODE, Reason.DECODE),  # a unit of its own
+        (
+            toledo_frame(A, B, C | 0x04, "001234", "000000"),
+            Reason.DECODE,
+            Reason.DECODE,
+        ),  # makers differ on it
     ],
 )
 def test_mettler_toledo_continuous(frame: bytes, weight: Result, tare: Result) -> None:
@@ -298,6 +326,13 @@ def test_a_damaged_toledo_frame_is_said_and_the_next_is_read() -> None:
         (b"QT,+00012345 PC", Weighing(weight=12345, unit="PC", stable=True)),
         (b"ST,+000123.4  %", Weighing(weight=123.4, unit="%", stable=True)),
         (b"OL,+999999.9  g", Weighing(weight=999999.9, unit="g", overload=True)),
+        # A&D GX/GF series manual, 10.6; AD-4329A manual, 9.1
+        (b"OL,+9999999E+19", Weighing(overload=True, trouble=Reason.EXCEPTION)),
+        (b"OL,-9999999E+19", Weighing(overload=True, trouble=Reason.EXCEPTION)),
+        (b"ST,G ,+01234.5kg", Weighing(weight=1234.5, unit="kg", stable=True, net=False)),
+        (b"ST,N ,-01234.5 t", Weighing(weight=-1234.5, unit="t", stable=True, net=True)),
+        (b"ST,T ,+00500.0kg", None),
+        (b"OL,G ,+     .  kg", Weighing(unit="kg", overload=True, net=False, trouble=Reason.EXCEPTION)),
         (b"OL,-99999999 PC", Weighing(weight=-99999999, unit="PC", overload=True)),
         # A&D GH series manual, 10.6
         (b"US,-000183.96  g", Weighing(weight=-183.96, unit="g", stable=False)),
@@ -396,3 +431,14 @@ def test_motion_overload_and_a_changed_unit_are_never_a_good_weight(
     protocol: str, stream: bytes, expected: object
 ) -> None:
     assert results(protocol, stream, *SCALE_POINTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "same"),
+    [
+        ("KG", "kg", True), ("M3", "m3", True), ("m³", "m3", True), ("kwh", "kWh", True), ("°C", "Cel", True),
+        ("MWh", "mWh", False), ("mg", "Mg", False), ("MW", "mW", False), ("kg", "g", False),
+    ],
+)  # fmt: skip
+def test_a_unit_is_the_same_in_capitals_but_mega_is_not_milli(said: str, wanted: str, same: bool) -> None:
+    assert same_unit(said, wanted) is same
