@@ -71,9 +71,9 @@ def report(output: Path | None, file: Path, state_dir: Path | None, *, offline: 
     )
     folder = f"headgate-report-{platform.node() or 'gateway'}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(made_s))}"
     target = output or Path()
-    if target.is_dir():
-        target = target / f"{folder}.tar.gz"
     try:
+        if target.is_dir():
+            target = target / f"{folder}.tar.gz"
         write_atomically(target, archive(folder, kept, made_s=made_s), mode=0o600)
     except OSError as err:
         click.echo(f"headgate: {target}: {err.strerror}; name another place: headgate report /tmp", err=True)
@@ -105,21 +105,23 @@ def _gathered(
         "metrics.prom": folder / METRICS_NAME,
         "os-release.txt": Path("/etc/os-release"),
         "kernel-command-line.txt": Path("/proc/cmdline"),
+        "uptime.txt": Path("/proc/uptime"),
     }
     for name, path in here.items():
         try:
             files[name] = path.read_text(errors="replace")
         except OSError as err:
             left_out.append(f"{name}: {path}: {err.strerror}")
-    found = findings(file, state_dir, with_cloud=with_cloud)
-    files["doctor.json"] = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+    try:
+        found = findings(file, state_dir, with_cloud=with_cloud)
+        files["doctor.json"] = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+    except Exception as err:  # noqa: BLE001 - the worse this machine is, the more the rest is wanted
+        left_out.append(f"doctor.json: the doctor failed: {type(err).__name__}: {err}")
     files["state-folder.txt"] = _listing(folder, left_out)
     files["packages.txt"] = "".join(
         sorted(f"{d.metadata['Name']}=={d.version}\n" for d in distributions() if d.metadata["Name"])
     )
-    files["machine.txt"] = (
-        f"{platform.platform()}\n{platform.machine()}\nPython {sys.version}\n{Path('/proc/uptime').read_text()}"
-    )
+    files["machine.txt"] = f"{platform.platform()}\n{platform.machine()}\nPython {sys.version}\n"
     for name, command in _COMMANDS.items():
         try:
             done = subprocess.run(command, capture_output=True, timeout=_COMMAND_S, check=False)

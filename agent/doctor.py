@@ -24,6 +24,7 @@ _SKEW_WARN_S: Final = 5.0
 _SKEW_ERROR_S: Final = 300.0  #: the cloud flags a gateway from here on (`limits.skew_alarm_s`)
 _EXPIRES_SOON_S: Final = 14 * 86_400.0
 _MB: Final = 1024 * 1024
+AS_ROOT: Final = "run the doctor as root"
 #: Programs that open serial ports unasked: ModemManager probes every new one, brltty takes CH340 and CP210x adapters
 #: for braille displays.
 PORT_THIEVES: Final = {
@@ -75,6 +76,7 @@ class DiskFacts(msgspec.Struct, frozen=True):
     mode: int = 0
     uid: int = 0
     gid: int = 0
+    hidden: bool = False  #: from whoever looks, by the permissions of a folder above it
 
 
 class User(msgspec.Struct, frozen=True):
@@ -92,6 +94,7 @@ class PortFacts(msgspec.Struct, frozen=True):
     name: str  #: as configured or found
     wanted_by: tuple[str, ...] = ()  #: devices of the configuration
     exists: bool = True
+    hidden: bool = False  #: from whoever looks
     is_tty: bool = True
     mode: int = 0
     uid: int = 0
@@ -164,6 +167,8 @@ def judge_skew(skew_s: float) -> Finding:
 def judge_disk(facts: DiskFacts, user: User, *, max_mb: int, free_mb: int, held_bytes: int) -> list[Finding]:
     """`held_bytes` is what the buffer takes already."""
     where = f"state_dir {facts.folder}"
+    if facts.hidden:
+        return [warning("disk", f"{where} cannot be looked at by this user", AS_ROOT)]
     if not facts.exists:
         remedy = f"install -d -o {user.name} -m 750 {facts.folder}"
         if facts.parent_exists:
@@ -206,6 +211,8 @@ def judge_port(facts: PortFacts, user: User) -> list[Finding]:
     """One serial port."""
     for_whom = f" (for {', '.join(facts.wanted_by)})" if facts.wanted_by else ""
     grave = error if facts.wanted_by else warning
+    if facts.hidden:
+        return [warning("port", f"{facts.name}{for_whom} cannot be looked at by this user", AS_ROOT)]
     if not facts.exists:
         return [error("port", f"{facts.name}{for_whom} is not there",
                       "plug it in; headgate scan serial lists what is there")]  # fmt: skip

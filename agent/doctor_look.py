@@ -17,6 +17,7 @@ import socket
 import ssl
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import packages_distributions
@@ -27,6 +28,7 @@ from agent import status as status_file
 from agent.clock import SystemClock
 from agent.configuration import Checked, check, state_dir_of
 from agent.doctor import (
+    AS_ROOT,
     BluetoothFacts,
     Certificate,
     DiskFacts,
@@ -114,7 +116,10 @@ def _python() -> Iterator[Finding]:
 
 def _config(file: Path, checked: Checked) -> Iterator[Finding]:
     for wrong in checked.errors:
-        yield error("config", str(wrong), f"correct it, then: headgate config check {file}")
+        hidden = isinstance(wrong.__cause__, PermissionError)
+        yield error(
+            "config", str(wrong), AS_ROOT if hidden else f"correct it, then: headgate config check {file}"
+        )
     if checked.config is None or checked.errors:
         return
     yield ok("config", f"{file}: {len(checked.devices)} devices")
@@ -135,9 +140,7 @@ def _config(file: Path, checked: Checked) -> Iterator[Finding]:
 def _agent(folder: Path, told: AgentStatus | None, running: bool | None) -> Iterator[Finding]:
     if told is None:
         if running is None or (folder.exists() and not os.access(folder, os.X_OK)):
-            yield warning(
-                "agent", f"its state in {folder} cannot be read by this user", "run the doctor as root"
-            )
+            yield warning("agent", f"its state in {folder} cannot be read by this user", AS_ROOT)
         else:
             yield warning("agent", "it never ran here", "systemctl enable --now headgate")
         return
@@ -184,6 +187,8 @@ def disk_facts(folder: Path) -> DiskFacts:
     """The state folder as it is."""
     try:
         status, disk = folder.stat(), os.statvfs(folder)
+    except PermissionError:
+        return DiskFacts(str(folder), exists=False, hidden=True)
     except OSError:
         return DiskFacts(str(folder), exists=False, parent_exists=folder.parent.is_dir())
     return DiskFacts(
@@ -231,6 +236,8 @@ def _port(name: str, wanted_by: tuple[str, ...], by_id: dict[str, str]) -> PortF
     real = os.path.realpath(name)
     try:
         status = Path(real).stat()
+    except PermissionError:
+        return PortFacts(name, wanted_by, hidden=True)
     except OSError:
         return PortFacts(name, wanted_by, exists=False)
     try:
@@ -337,13 +344,14 @@ def _door(config: Agent, folder: Path, running: AgentStatus | None, *, with_clou
     with contextlib.closing(sock):
         if uplink.tls:
             try:
-                sock = _secured(sock, uplink)
+                with _hanging_up(sock, uplink.connect_timeout_s):
+                    sock = _secured(sock, uplink)
             except (ssl.SSLError, OSError) as err:
                 yield error("tls", _tls_words(err), _tls_remedy(err, uplink))
                 return
             yield judge_certificate(_certificate(sock), time.time())
         if uplink.kind == "https":
-            yield from _skew(sock, uplink.host)
+            yield _skew(sock, uplink, port)
     yield from _login(config, folder, running)
 
 
@@ -384,31 +392,54 @@ def _certificate(sock: ssl.SSLSocket | socket.socket) -> Certificate:
     )
 
 
-def _skew(sock: socket.socket, host: str) -> Iterator[Finding]:
+def _skew(sock: socket.socket, uplink: Uplink, port: int) -> Finding:
     """The door's clock, from the `Date` of its answer (RFC 9110, 6.6.1: whole seconds)."""
-    asked = http.client.HTTPConnection(host)
+    asked = http.client.HTTPConnection(uplink.host, port)
     asked.sock = sock
     try:
-        before_s = time.time()
-        asked.request("GET", "/healthz")
-        answer = asked.getresponse()
-        answer.read(4096)
-        after_s = time.time()
+        with _hanging_up(sock, uplink.connect_timeout_s):
+            before_s = time.time()
+            asked.request("GET", "/healthz")
+            said = asked.getresponse().getheader("Date", "")
+            after_s = time.time()
     except (OSError, http.client.HTTPException) as err:
-        yield error(
+        return error(
             "door",
-            f"{host} takes the connection and does not answer: {err}",
-            "is this the cloud's HTTP door?",
+            f"{uplink.host} takes the connection and does not answer: {str(err) or type(err).__name__}",
+            "is this the cloud's HTTP door, and is it well?",
         )
-        return
-    if answer.status != 200:
-        yield warning("door", f"/healthz answers {answer.status}", "is this Headgate's door, and is it well?")
-    said = answer.getheader("Date")
-    if said:
-        with contextlib.suppress(ValueError):
-            yield judge_skew(
-                email.utils.parsedate_to_datetime(said).timestamp() + 0.5 - (before_s + after_s) / 2
-            )
+    try:
+        there_s = email.utils.parsedate_to_datetime(said).timestamp()
+    except (ValueError, OverflowError):
+        return warning(
+            "clock", "the cloud does not say what time it has", "see that nothing stands in between"
+        )
+    return judge_skew(there_s + 0.5 - (before_s + after_s) / 2)
+
+
+@contextlib.contextmanager
+def _hanging_up(sock: socket.socket, after_s: float) -> Iterator[None]:
+    """Ends the connection where what is done on it takes longer: a socket's own timeout starts anew with each byte.
+    Raises `TimeoutError` then."""
+    hung_up = threading.Event()
+
+    def hang_up() -> None:
+        hung_up.set()
+        with contextlib.suppress(OSError):  # it has ended by itself
+            twin.shutdown(socket.SHUT_RDWR)
+
+    with socket.socket(fileno=os.dup(sock.fileno())) as twin:  # whatever TLS makes of `sock` meanwhile
+        timer = threading.Timer(after_s, hang_up)
+        timer.start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as err:
+            if hung_up.is_set() or isinstance(err, TimeoutError):
+                raise TimeoutError(f"no answer within {after_s:g} s") from err
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def _login(config: Agent, folder: Path, running: AgentStatus | None) -> Iterator[Finding]:

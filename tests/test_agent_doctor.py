@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import json
 import os
 import pty
-from collections.abc import AsyncIterator, Callable
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -371,7 +375,6 @@ def test_a_running_agent_that_is_logged_in_is_believed_and_not_thrown_out(
 ) -> None:
     """A second MQTT login under the same name would end the first."""
     import socket
-    import time
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         file = config_file(tmp_path, listener.getsockname()[1], host="127.0.0.1")
@@ -395,8 +398,6 @@ def test_a_running_agent_that_is_logged_in_is_believed_and_not_thrown_out(
 
 
 def test_a_device_that_is_down_is_an_error_of_the_agent(tmp_path: Path) -> None:
-    import time
-
     file = config_file(tmp_path, 1)
     told = AgentStatus(
         gateway="acme/plant-1", state=RunState.RUNNING, pid=os.getpid(), written_ns=time.time_ns()
@@ -458,3 +459,104 @@ def test_a_port_is_looked_at_by_whatever_name_a_device_gives_it(tmp_path: Path) 
         os.close(ours)
         os.close(theirs)
     assert any("(for meter)" in text for text in words), words
+
+
+# --- who may not look, and doors that never come to an end ---
+
+
+@pytest.fixture
+def hidden(tmp_path: Path) -> Iterator[Path]:
+    """A folder that the commands of `as_a_stranger` may not search."""
+    folder = tmp_path / "hidden"
+    (folder / "within").mkdir(parents=True)
+    if os.geteuid() == 0:
+        os.chown(folder, 65_534, 65_534)
+        folder.chmod(0o700)
+    else:
+        folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+def as_a_stranger(*words: str) -> subprocess.CompletedProcess[str]:
+    """Root without the capabilities by which root reads everything; any other user is one already."""
+    lowered = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    return subprocess.run(
+        [*lowered, sys.executable, "-c", "from agent.cli import main; main()", *words],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_what_this_user_may_not_look_at_is_said_and_no_traceback(tmp_path: Path, hidden: Path) -> None:
+    file = config_file(tmp_path, 1)
+    file.write_text(
+        file.read_text().replace(str(tmp_path / "state"), str(hidden / "within" / "state"))
+        + f'[[device]]\nname = "meter"\ndriver = "modbus"\n[device.options]\nserial = "{hidden / "ttyUSB0"}"\n'
+        '[[device.point]]\nname = "u"\nregister = 0\n'
+    )
+    done = as_a_stranger("doctor", "--offline", "--json", "--config", str(file))
+    assert done.stderr == ""
+    found = {(f["check"], f["level"]): f for f in json.loads(done.stdout)["findings"]}
+    for check in ("agent", "disk", "port"):
+        assert "cannot be" in found[check, "warning"]["text"]
+        assert found[check, "warning"]["remedy"] == "run the doctor as root"
+    done = as_a_stranger("doctor", "--offline", "--json", "--config", str(hidden / "agent.toml"))
+    assert done.stderr == ""
+    config = next(f for f in json.loads(done.stdout)["findings"] if f["check"] == "config")
+    assert config["remedy"] == "run the doctor as root"
+
+
+@contextlib.asynccontextmanager
+async def dripping(*said: bytes) -> AsyncIterator[int]:
+    """A door that says this, and then goes on for ever, a byte at a time."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            for part in said:
+                writer.write(part)
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.2)
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize(
+    "said", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", b"\x16\x03\x03\x40\x00"]
+)
+async def test_a_door_that_never_ends_its_answer_is_left_in_time(
+    said: bytes, tmp_path: Path, *, tls: bool
+) -> None:
+    async with dripping(said) as port:
+        file = config_file(tmp_path, port, host="127.0.0.1", tls=tls)
+        file.write_text(file.read_text().replace("connect_timeout_s = 3.0", "connect_timeout_s = 1.0"))
+        began_s = time.monotonic()
+        async with asyncio.timeout(30):
+            found = await found_in(file)
+        assert time.monotonic() - began_s < 20
+        last = found["tls" if tls else "door"][-1]
+        assert last.level is Level.ERROR
+        assert "no answer" in last.text or tls
+
+
+async def test_a_host_by_its_ipv6_address_is_looked_at_like_any_other(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nDate: today\r\nContent-Length: 0\r\n\r\n")
+
+    asked: list[bytes] = []
+    server = await asyncio.start_server(answer, "::1", 0)
+    try:
+        file = config_file(tmp_path, server.sockets[0].getsockname()[1], host="::1")
+        found = await found_in(file)
+    finally:
+        server.close()
+    assert only(found["tcp"]).level is Level.OK
+    assert b"\r\nHost: [::1]" in asked[0]
+    assert "does not say what time" in found["clock"][-1].text
