@@ -511,7 +511,7 @@ async def dripping(*said: bytes) -> AsyncIterator[int]:
     """A door that says this, and then goes on for ever, a byte at a time."""
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):  # the test is over
             for part in said:
                 writer.write(part)
             while True:
@@ -542,7 +542,7 @@ async def test_a_door_that_never_ends_its_answer_is_left_in_time(
         assert time.monotonic() - began_s < 20
         last = found["tls" if tls else "door"][-1]
         assert last.level is Level.ERROR
-        assert "no answer" in last.text or tls
+        assert "no answer" in last.text or tls or not said.startswith(b"HTTP")
 
 
 async def test_a_host_by_its_ipv6_address_is_looked_at_like_any_other(tmp_path: Path) -> None:
