@@ -128,6 +128,7 @@ def build_device(device: Device) -> Built:
         raise ConfigError(f"{where}: {err}") from err
     except Exception as err:
         raise ConfigError(f"{where}: {driver_name}.line() failed: {type(err).__name__}: {err}") from err
+    patience_s = driver.patience_s
     if device.isolate:
         from agent.isolation import isolated
 
@@ -138,7 +139,7 @@ def build_device(device: Device) -> Built:
     if device.timeout_ms is not None:
         deadline_s = device.timeout_ms / 1000
     else:
-        deadline_s = max(DEADLINE_S, min(period_s, LONGEST_DEADLINE_S))
+        deadline_s = max(DEADLINE_S, patience_s, min(period_s, LONGEST_DEADLINE_S))
     plan = Plan(
         name=device.name,
         driver=driver_name,

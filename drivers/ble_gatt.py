@@ -463,6 +463,7 @@ class GattDriver(Driver[GattOptions, GattPoint]):
 
     options_type: ClassVar[type[msgspec.Struct]] = GattOptions
     point_type: ClassVar[type[Point]] = GattPoint
+    patience_s = 30.0  #: its turn, and a connection, which alone may take 10 s and more
 
     def __init__(self, name: str, options: GattOptions, points: Sequence[GattPoint]) -> None:
         super().__init__(name, options, _checked_points(points))
@@ -522,6 +523,7 @@ class GattNotifyDriver(PushDriver[GattNotifyOptions, GattPoint], _Notified):
 
     options_type: ClassVar[type[msgspec.Struct]] = GattNotifyOptions
     point_type: ClassVar[type[Point]] = GattPoint
+    patience_s = 30.0  #: its turn, and a connection, which alone may take 10 s and more
 
     def __init__(self, name: str, options: GattNotifyOptions, points: Sequence[GattPoint]) -> None:
         super().__init__(name, options, _checked_points(points))

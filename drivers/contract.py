@@ -216,6 +216,9 @@ class _Device(ABC, Generic[OptionsT, PointT]):
 
     options_type: ClassVar[type[msgspec.Struct]]
     point_type: ClassVar[type[Point]]
+    patience_s: float = 0.0
+    """The deadline that its calls need where the configuration names none: a slow protocol, a connection by radio. The
+    class may say it, or an instance by its options. 0: whatever the poller gives (5 s, more with a long period)."""
 
     def __init__(self, name: str, options: OptionsT, points: Sequence[PointT]) -> None:
         """Keep the configuration; do no IO. Raises `ConfigError` for what can never work."""

@@ -156,6 +156,7 @@ class Iec62056Driver(Driver[Iec62056Options, Iec62056Point]):
 
     options_type: ClassVar[type[msgspec.Struct]] = Iec62056Options
     point_type: ClassVar[type[Point]] = Iec62056Point
+    patience_s = 60.0  #: a readout of 1.5 KB at 300 baud, 10 bits a character
 
     def __init__(self, name: str, options: Iec62056Options, points: Sequence[Iec62056Point]) -> None:
         super().__init__(name, options, points)

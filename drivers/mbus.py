@@ -79,6 +79,7 @@ class MbusOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stop_bits: Literal[1, 2] = 1
     address: int | None = None
     secondary: str = ""
+    telegrams: int = 0
     reply_timeout_ms: int | None = None
 
     @property
@@ -136,6 +137,7 @@ class MbusDriver(Driver[MbusOptions, MbusPoint]):
 
     options_type: ClassVar[type[msgspec.Struct]] = MbusOptions
     point_type: ClassVar[type[Point]] = MbusPoint
+    patience_s = 15.0  #: several telegrams of 255 bytes at 2400 baud
 
     def __init__(self, name: str, options: MbusOptions, points: Sequence[MbusPoint]) -> None:
         super().__init__(name, options, points)
@@ -238,17 +240,21 @@ class MbusDriver(Driver[MbusOptions, MbusPoint]):
         )
 
     async def _readout(self, wire: AnyWire) -> Readout:
-        """All telegrams of the meter."""
+        """All telegrams of the meter, or as many as the options want."""
         records: list[Record] = []
         secondary, status = "", None
         fcb = True
-        for _ in range(_MOST_TELEGRAMS):
+        first = b""
+        for _ in range(self.options.telegrams or _MOST_TELEGRAMS):
             came = await self._asked(wire, link.request(self._address, fcb=fcb))
             fcb = not fcb
             at_ns = wire.at_ns
             body = came if isinstance(came, Reason) else self._body(came)
             if isinstance(body, Reason):
                 return Readout(at_ns, secondary, status, tuple(records), body)
+            if first and body.data == first:  # it has begun again
+                return Readout(at_ns, secondary, status, tuple(records))
+            first = first or body.data
             secondary, status = body.secondary or secondary, (status or 0) | body.status
             part = layout.records(body.data, len(records) + 1)
             records += part.records
@@ -256,8 +262,12 @@ class MbusDriver(Driver[MbusOptions, MbusPoint]):
                 return Readout(at_ns, secondary, status, tuple(records), Reason.FRAMING)
             if not part.more:
                 return Readout(at_ns, secondary, status, tuple(records))
+        if self.options.telegrams:
+            return Readout(wire.at_ns, secondary, status, tuple(records))
         self._tell_once(
-            "telegrams", f"says after {_MOST_TELEGRAMS} telegrams that more follow; the rest is left"
+            "telegrams",
+            f"says after {_MOST_TELEGRAMS} telegrams that more follow; if it repeats itself, say with "
+            "options.telegrams how many there are",
         )
         return Readout(wire.at_ns, secondary, status, tuple(records), Reason.FRAMING)
 
@@ -466,6 +476,8 @@ def _refuse_bad_options(options: MbusOptions) -> None:
         refuse_bad_name(options.port)
     if options.baud not in _BAUD:
         raise ConfigError(f"options.baud is {options.baud}; M-Bus has {', '.join(map(str, _BAUD))}")
+    if not 0 <= options.telegrams <= _MOST_TELEGRAMS:
+        raise ConfigError(f"options.telegrams is {options.telegrams}; allowed is 0 to {_MOST_TELEGRAMS}")
     if not 1 <= options.tcp_port <= 65_535:
         raise ConfigError(f"options.tcp_port is {options.tcp_port}; allowed is 1 to 65535")
     if options.reply_timeout_ms is not None and not 20 <= options.reply_timeout_ms <= 60_000:

@@ -222,6 +222,7 @@ class Sdi12Driver(Driver[Sdi12Options, Sdi12Point]):
 
     options_type: ClassVar[type[msgspec.Struct]] = Sdi12Options
     point_type: ClassVar[type[Point]] = Sdi12Point
+    patience_s = 30.0  #: the sensor says how long it takes; most need less than this
 
     def __init__(self, name: str, options: Sdi12Options, points: Sequence[Sdi12Point]) -> None:
         super().__init__(name, options, points)

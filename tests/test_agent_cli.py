@@ -273,3 +273,18 @@ def test_no_command_takes_a_secret() -> None:
         for parameter in command.params:
             assert not re.search("token|password|secret", parameter.name or ""), path
     assert "HEADGATE_TOKEN" not in os.environ
+
+
+def test_a_slow_protocol_has_the_time_it_needs_where_none_is_configured(tmp_path: Path) -> None:
+    from agent.devices import build_device
+    from config.agent import Device
+
+    def deadline_s(driver: str, options: dict[str, object], point: dict[str, object], **more: int) -> float:
+        table = Device(name="m", driver=driver, options=options, point=[point], **more)  # type: ignore[arg-type]
+        return build_device(table).plan.deadline_s
+
+    port: dict[str, object] = {"port": "/dev/ttyUSB0"}
+    energy: dict[str, object] = {"name": "energy", "obis": "1.8.0"}
+    assert deadline_s("iec62056", port, energy) == 60.0
+    assert deadline_s("iec62056", port, energy, timeout_ms=7000) == 7.0
+    assert deadline_s("simulator", {}, {"name": "t"}) == 5.0

@@ -11,6 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from config.agent import Device
+from config.load import convert
 from drivers import registry
 from drivers.contract import ConfigError, Driver, Point, PushDriver, Scan
 from drivers.registry import TableError, build, driver_types, load
@@ -77,13 +79,13 @@ def test_an_unknown_driver_names_the_nearest_and_all_others() -> None:
          "point 'flow': type: 'u17' is not one of the valid words; did you mean 'u16'?", "point[0].type"),
         (HOST, [{"name": "flow", "register": 0, "table": "holdin"}],
          "did you mean 'holding'? (valid: coil, discrete, holding, input)", "point[0].table"),
-        ({**HOST, "framing": "tpc"}, [], "did you mean 'tcp'? (valid: rtu, rtu_over_tcp, tcp)", "options.framing"),
+        ({**HOST, "framing": "tpc"}, [], "did you mean 'tcp'? (valid: ascii, ascii_over_tcp, rtu,", "options.framing"),
         (HOST, [{"name": "a", "register": 0}, {"name": "a", "register": 1}],
          "point 'a': this name is taken by point number 1", "point[1].name"),
         (HOST, [{"name": "a", "register": 0, "not_available": "x"}], "not_available: Expected a list, got a string",
          "point[0].not_available"),
         (HOST, [{"name": "a", "register": 0}, {"name": "b", "register": 1, "order": "XY"}],
-         "point 'b': order 'XY' is not valid (valid: ABCD, CDAB, BADC, DCBA", "point[1]"),
+         "order 'XY' is not valid (valid: ABCD, CDAB, BADC, DCBA", "point[1]"),
         ({}, [], "options: give either host", "options"),
     ],
 )  # fmt: skip
@@ -173,6 +175,7 @@ def test_two_packages_with_one_name_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_sample_loads_as_it_is(sample: Path) -> None:
     tables = tomllib.loads(sample.read_text())["device"]
     for table in tables:
+        convert(table, Device)  # the keys that all devices have
         driver = build(table["name"], table["driver"], table.get("options", {}), table.get("point", []))
         assert table["driver"] == sample.stem
         assert driver.points
@@ -185,7 +188,11 @@ def test_a_sample_shows_each_option_and_its_default(name: str) -> None:
     kind = load(name)
     begin, end = text.index("[device.options]"), text.index("[[device.point]]")
     for part, struct_type, examples in (
-        (text[begin:end], kind.options_type, {"serial", "framing", "timeout_ms", "latest_reply_ms"}),
+        (
+            text[begin:end],
+            kind.options_type,
+            {"serial", "framing", "forbidden", "data_bits", "timeout_ms", "latest_reply_ms"},
+        ),
         (text[end:], kind.point_type, {"order", "type"} if name == "simulator" else {"order"}),
     ):
         shown = {}
@@ -197,7 +204,7 @@ def test_a_sample_shows_each_option_and_its_default(name: str) -> None:
         fields = {field.name: field for field in msgspec.structs.fields(struct_type)}
         for key, value in shown.items():
             assert key in fields, f"{name}.toml shows {key}, which is no key"
-            if key not in examples:
+            if key not in examples and fields[key].default is not None:  # unset by default: an example
                 assert fields[key].default == value, f"{name}.toml shows {key} = {value}"
         if part.startswith("[device.options]"):
             assert set(fields) <= {*shown, *tomllib.loads(part)["device"]["options"]}, (
