@@ -9,7 +9,8 @@ Rules:
    length beyond the registers there are, gives what came before, and why it ended.
 4. A number with a scale factor becomes a point with `scale_register`; a point whose scale factor says "not implemented"
    is left out, for it can have no value. What stands for "not implemented" in each type (same specification, 4.2)
-   becomes the point's `not_available`.
+   becomes the point's `not_available`. For an accumulator that is 0, "not accumulated": of a new meter's 0 nobody can tell
+   whether it counts, so it is shown, and is SENTINEL until the first pulse.
 
 The definitions are those that the SunSpec Alliance publishes (github.com/sunspec/models), as the package `pysunspec2`
 (Apache-2.0, the Alliance's own) brings them; nothing of its code is run.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -230,14 +232,26 @@ def _read_model(
     total = _HEAD + length
     words: list[int] = []
     sizes = list(READS)
+    counts = _counts(known.group)
+    places: list[_Place] = []  # in the order of their offsets
+    laid = 0  #: how many words `places` goes by
     while len(words) < total:
         begin = len(words)
         end = min(total, begin + sizes[0])
         if end < total:
             # What is known of the layout so far (counts may stand in what was read) tells where a value ends.
-            so_far = Model(number, at, length, known=True, words=(*words, *[0] * (total - begin)))
-            inside = [p for p in _places(so_far, known) if p.offset < end < p.offset + p.point.size]
-            end = inside[0].offset if inside and inside[0].offset > begin else end
+            new = places[bisect_left(places, laid, key=_offset) : bisect_left(places, begin, key=_offset)]
+            if not places or any(place.point.name in counts for place in new):
+                so_far = Model(number, at, length, known=True, words=(*words, *[0] * (total - begin)))
+                places = _places(so_far, known)
+            laid = begin
+            last = bisect_left(places, end, key=_offset) - 1
+            if (
+                last >= 0
+                and begin < places[last].offset
+                and end < places[last].offset + places[last].point.size
+            ):
+                end = places[last].offset
         part = _sound((yield Ask(at + begin, end - begin)), end - begin)
         if part is not None:
             words += part
@@ -247,6 +261,12 @@ def _read_model(
         if not sizes:
             return ()
     return tuple(words)
+
+
+def _counts(group: _Group) -> frozenset[str]:
+    """The points that say how often a group repeats."""
+    own = {group.count} if isinstance(group.count, str) else set[str]()
+    return frozenset(own.union(*(_counts(inner) for inner in group.groups)))
 
 
 def _sound(words: Words | None, count: int) -> tuple[int, ...] | None:
@@ -282,6 +302,10 @@ class _Place(msgspec.Struct, frozen=True):
     scale_at: int | None
 
 
+def _offset(place: _Place) -> int:
+    return place.offset
+
+
 def _places(model: Model, known: Definition | None = None) -> list[_Place]:
     """Every point of a model, as far as its length reaches. A group that repeats goes by what its count point says
     (in `words`), or by the length."""
@@ -293,12 +317,15 @@ def _places(model: Model, known: Definition | None = None) -> list[_Place]:
 
     def lay(group: _Group, at: int, scope: tuple[str, ...], outer: Mapping[str, int]) -> int:
         names = dict(outer)
+        first = len(found)
         for point in group.points:
             if at + point.size > total:
+                _scale(found, first, names)
                 return total
             names[point.name] = at
             found.append(_Place(point, at, scope, None))
             at += point.size
+        _scale(found, first, names)
         for inner in group.groups:
             times = _times(inner, at, total, names, model.words)
             for turn in range(times):
@@ -306,17 +333,17 @@ def _places(model: Model, known: Definition | None = None) -> list[_Place]:
                     break
                 named = (*scope, f"{inner.name}{turn + 1}") if inner.count != 1 else (*scope, inner.name)
                 at = lay(inner, at, named, names)
-        _scale(found, names, scope)
         return at
 
     lay(known.group, 0, (), {})
     return found
 
 
-def _scale(found: list[_Place], names: Mapping[str, int], scope: tuple[str, ...]) -> None:
-    """Where the scale factor of each point of this group stands: the nearest of its name, outwards."""
-    for i, place in enumerate(found):
-        if place.scope == scope and isinstance(place.point.sf, str) and place.scale_at is None:
+def _scale(found: list[_Place], first: int, names: Mapping[str, int]) -> None:
+    """Where the scale factor of each point of a group (from `first` on) stands: the nearest of its name, outwards."""
+    for i in range(first, len(found)):
+        place = found[i]
+        if isinstance(place.point.sf, str):
             found[i] = msgspec.structs.replace(place, scale_at=names.get(place.point.sf))
 
 
@@ -418,7 +445,12 @@ def _signed(word: int) -> int:
 
 def _string(words: Words) -> str:
     data = struct.pack(f">{len(words)}H", *words)
-    return data.split(b"\0", 1)[0].decode("ascii", "replace").strip()
+    return _shown_text(data.split(b"\0", 1)[0].decode("ascii", "replace").strip())
+
+
+def _shown_text(text: str) -> str:
+    """What a device says of itself goes to a terminal, and must not steer it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 # ------------------------------------------------------------------------------------------- what a scan shows
@@ -474,5 +506,5 @@ def _shown(device: Device, laid: Layout) -> Iterator[tuple[str, str]]:
             continue
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = engineering(value, table.get("scale", 1.0), 0.0)
-        text = f"{value:.10g}" if isinstance(value, float) else str(value)
+        text = f"{value:.10g}" if isinstance(value, float) else _shown_text(str(value))
         yield table["name"], f"{text} {table.get('unit', '')}".rstrip()

@@ -211,6 +211,28 @@ def test_whatever_a_device_answers_the_walk_and_the_layout_end(seed: int) -> Non
     sunspec.found(device, "somewhere", {})
 
 
+@pytest.mark.parametrize("model", [103, 160, 705, 714, 803])
+def test_a_model_that_claims_all_registers_there_are_is_walked_and_laid_out_in_a_moment(model: int) -> None:
+    head = [*MARKER, *common()]
+    length = 0x10000 - len(head) - 4
+    device = walked([*head, model, length, *[1] * length, *END], at=0)
+    assert device.models[-1].length == length
+    assert sunspec.layout(device, {model}).points
+
+
+def test_a_model_that_ends_early_keeps_the_points_whose_scale_factor_it_still_has() -> None:
+    short = [103, 5, *INVERTER[2:7]]  # A, AphA, AphB, AphC, A_SF, and no more
+    laid = sunspec.layout(walked([*MARKER, *common(), *short, *END]))
+    assert "m103_A" in [point["name"] for point in laid.points]
+
+
+def test_what_would_steer_a_terminal_is_no_name() -> None:
+    device = walked([*MARKER, *common("\x1b[2JAcme\x07"), *END])
+    assert device.maker == "\N{REPLACEMENT CHARACTER}[2JAcme\N{REPLACEMENT CHARACTER}"
+    found = sunspec.found(device, "somewhere", {})
+    assert (found.description + "".join(found.readings.values())).isprintable()
+
+
 # ------------------------------------------------------------------------------------------- the layout
 
 
