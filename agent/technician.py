@@ -242,7 +242,7 @@ _LINE_KEYS: Final = ("port", "host", "baud", "parity", "stop_bits", "framing", "
 def line_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--port`, `--host`, and what belongs to them, as `line`."""
 
-    @click.option("--port", help="Serial port: /dev/ttyUSB0, /dev/serial/by-id/...")
+    @click.option("--port", help="Serial port: /dev/ttyUSB0, /dev/serial/by-id/..., usb:0403:6001:A10K2X.")
     @click.option("--host", help="Modbus TCP: a host, or host:port (502 unless said).")
     @click.option("--baud", type=click.IntRange(50, 4_000_000), help="Serial: 9600 unless said.")
     @click.option("--parity", type=click.Choice(["none", "even", "odd"]), help="Serial: none unless said.")

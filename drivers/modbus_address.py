@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from drivers.contract import LineClaim
-from drivers.port_key import port_key
+from drivers.serial_port import key_of, line_of
 
 _FAST_BAUD = 19200
 _FAST_SILENCE_S = 0.00175  #: above 19,200 baud (Modbus over serial line 1.02, 2.5.1.1)
@@ -24,7 +24,7 @@ TURNAROUND_S = 0.3  #: what a serial device may take to begin its answer; most n
 class SerialPort(msgspec.Struct, frozen=True, tag="serial"):
     """A serial port and its settings. ASCII is usually sent with 7 data bits, RTU needs 8."""
 
-    device: str
+    device: str  #: a path, or a USB identity that is looked up at every opening (drivers/serial_port.py)
     baud: int
     parity: str  #: N, E or O
     stop_bits: int
@@ -51,14 +51,15 @@ class SerialPort(msgspec.Struct, frozen=True, tag="serial"):
 
     @property
     def key(self) -> str:
-        return port_key(self.device)
+        return key_of(self.device)
 
     @property
     def settings(self) -> str:
         return f"{self.baud} baud, {self.data_bits}{self.parity}{self.stop_bits}, {self.framing}"
 
     def claim(self) -> LineClaim:
-        return LineClaim(self.key, self.settings)
+        """Raises `ConfigError` where the name fits several ports that are there."""
+        return line_of(self.device, self.settings, shared=True, option="serial")
 
     def __str__(self) -> str:
         return f"{self.device} ({self.settings})"

@@ -26,8 +26,10 @@ from typing import Final, TypeAlias
 
 from drivers.contract import ConfigError, DeviceUnreachable
 from drivers.modbus_address import SerialPort
+from drivers.serial_port import RETRY_WITHIN_S, resolve
 
 _READ_BYTES: Final = 65_536  #: all that a tty holds (N_TTY_BUF_SIZE is 4,096) and more
+_ABSENT: Final = (errno.ENOENT, errno.ENXIO, errno.ENODEV)  #: not plugged in: looking again costs nothing
 _MOST_READS: Final = 16  #: of a flush, where a line babbles faster than it is read
 
 
@@ -150,9 +152,10 @@ def open_tty(address: SerialPort, protocol_factory: Callable[[], asyncio.Protoco
 
     if address.data_bits not in (7, 8) or address.parity not in ("N", "E", "O"):
         raise _refused(address, "Modbus has 7 or 8 data bits and parity N, E or O")
+    device = resolve(address.device)
     try:
         port = serial.Serial(
-            address.device,
+            device,
             baudrate=address.baud,
             bytesize=address.data_bits,
             parity=address.parity,
@@ -162,7 +165,10 @@ def open_tty(address: SerialPort, protocol_factory: Callable[[], asyncio.Protoco
             exclusive=True,
         )
     except OSError as err:  # pyserial's own exception is one, but never a PermissionError
-        raise DeviceUnreachable(f"{address}: {err}{_remedy(err, address.device)}") from err
+        raise DeviceUnreachable(
+            f"{address}: {err}{_remedy(err, device)}",
+            retry_within_s=RETRY_WITHIN_S if err.errno in _ABSENT else None,
+        ) from err
     except (termios.error, ValueError) as err:
         raise _refused(address, str(err)) from err
     try:

@@ -16,6 +16,7 @@ from drivers.codec import Encoding
 from drivers.contract import ConfigError, Point, ValueType
 from drivers.modbus_address import Address, HostPort, SerialPort
 from drivers.modbus_plan import LAST_ADDRESS, MAX_BITS, MAX_REGISTERS, Limits, Span, Table
+from drivers.serial_port import refuse_bad_name
 
 _BROADCAST: Final = 0  #: Modbus over serial line 1.02, 2.2: nobody answers there
 _REGISTER_BITS: Final = 16
@@ -139,6 +140,8 @@ def address_of(options: ModbusOptions) -> Address:
     """The line that the device is on. Raises `ConfigError`."""
     if (options.host is None) == (options.serial is None):
         raise ConfigError("options: give either host (Modbus TCP) or serial (a port such as /dev/ttyUSB0)")
+    if options.serial is not None:
+        refuse_bad_name(options.serial, "serial")
     framing = options.framing
     address: Address
     if options.serial is not None:

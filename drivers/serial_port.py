@@ -153,17 +153,17 @@ def matching(name: UsbName, ports: Sequence[PortInfo]) -> PortInfo | None:
     return found[0] if found else None
 
 
-def refuse_bad_name(port: str) -> None:
+def refuse_bad_name(port: str, option: str = "port") -> None:
     """Raise `ConfigError` for a name that can never be a port's. No IO."""
     if not port:
         raise ConfigError(
-            'options.port is empty; name a port, as in "/dev/serial/by-id/usb-…" or "usb:0403:6001:A10K2X", '
+            f'options.{option} is empty; name a port, as in "/dev/serial/by-id/usb-…" or "usb:0403:6001:A10K2X", '
             "which stays the same when plugs are swapped"
         )
     try:
         usb_name(port)
     except ConfigError as exc:
-        raise ConfigError(f"options.port {exc}") from exc
+        raise ConfigError(f"options.{option} {exc}") from exc
 
 
 # ----------------------------------------------------------------------------------------------------------- looking
@@ -232,16 +232,28 @@ def resolve(port: str, present: Callable[[], Sequence[PortInfo]] | None = None) 
     return found.device
 
 
-def line_of(port: str, settings: str, *, shared: bool) -> LineClaim:
+def line_of(port: str, settings: str, *, shared: bool, option: str = "port") -> LineClaim:
     """The claim of a device on this port. Raises `ConfigError` where its name fits several ports that are there."""
     try:
-        name = usb_name(port)
-        found = None if name is None else matching(name, present_ports())
+        return LineClaim(_key_of(port), settings, shared)
     except ConfigError as exc:
-        raise ConfigError(f"options.port {port}: {exc}") from exc
+        raise ConfigError(f"options.{option} {port}: {exc}") from exc
+
+
+def key_of(port: str) -> str:
+    """One key for all names of one port that is there; of a USB identity that names none, or several, its own."""
+    try:
+        return _key_of(port)
+    except ConfigError:
+        return port.lower()
+
+
+def _key_of(port: str) -> str:
+    name = usb_name(port)
     if name is None:
-        return LineClaim(port_key(port), settings, shared)
-    return LineClaim(port_key(found.device) if found is not None else port.lower(), settings, shared)
+        return port_key(port)
+    found = matching(name, present_ports())
+    return port_key(found.device) if found is not None else port.lower()
 
 
 # ----------------------------------------------------------------------------------------------------------- opening

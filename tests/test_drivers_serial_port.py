@@ -16,6 +16,8 @@ import pytest
 from drivers import serial_port
 from drivers.contract import ConfigError, DeviceUnreachable
 from drivers.instrument import SerialLineOptions, SerialLinePoint
+from drivers.modbus import ModbusDriver, ModbusOptions, ModbusPoint
+from drivers.modbus_address import SerialPort
 from drivers.serial_line import SerialLineDriver
 from drivers.serial_port import (
     PortInfo,
@@ -27,7 +29,9 @@ from drivers.serial_port import (
     resolve,
     usb_name,
 )
+from tests.fakes.pty_peer import PtyPeer
 from tests.fakes.serial_instrument import SerialInstrument
+from tests.fakes.unknown_meter import crc16
 
 REPLUGS = int(os.environ.get("HEADGATE_REPLUGS", "10"))
 BACK_WITHIN_S = 5.0
@@ -157,7 +161,8 @@ def plugged(sys: Path, dev: Path, tty: str, at: str, **usb: str) -> None:
         (interface / "bInterfaceNumber").write_text(usb.pop("interface", "00") + "\n")
         for key, text in usb.items():
             (interface.parent / key).write_text(text + "\n")
-    (dev / tty).touch()
+    if not (dev / tty).is_symlink():
+        (dev / tty).touch()
 
 
 def test_sysfs_tells_usb_ports_from_others_and_leaves_out_what_is_not_fitted(tmp_path: Path) -> None:
@@ -281,3 +286,136 @@ async def test_unplugged_and_replugged_it_is_back_within_five_seconds_under_any_
     assert len(names) > REPLUGS / 2
     mean_s = sum(back_s) / len(back_s)
     print(f"{REPLUGS} replugs by {by}: back after {max(back_s):.2f} s at most, {mean_s:.2f} s on average")
+
+
+# ------------------------------------------------------------------------------------------------------------- Modbus
+
+
+class UsbMeter:
+    """A Modbus meter behind an adapter, in a sysfs of the test's own: at every plugging in, the kernel calls the port
+    by another name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sys, self.dev = folder / "sys", folder / "dev"
+        (self.sys / "class" / "tty").mkdir(parents=True)
+        self.dev.mkdir()
+        self.value = 0
+        self.tty = ""
+        self._count = 0
+        self._peer: PtyPeer | None = None
+
+    def plug(self) -> None:
+        self.tty = f"ttyUSB{self._count % 7}"
+        at = f"usb1/1-1.{self._count}/1-1.{self._count}:1.0/{self.tty}"
+        self._count += 1
+        self._peer = PtyPeer(self.dev / self.tty, self._react)
+        plugged(
+            self.sys, self.dev, self.tty, at, driver="usb-serial", idVendor="0403", idProduct="6001", serial="A10K2X",
+            bNumInterfaces=" 1",
+        )  # fmt: skip
+
+    def unplug(self) -> None:
+        if self._peer is not None:
+            (self.sys / "class" / "tty" / self.tty).unlink()
+            self._peer.unplug()
+            self._peer = None
+
+    def ports(self) -> list[PortInfo]:
+        return present_ports(self.sys, self.dev)
+
+    def _react(self, heard: bytes) -> bytes:
+        while len(heard) >= 8:
+            assert heard[:2] == b"\x01\x03"
+            assert self._peer is not None
+            heard = heard[8:]
+            body = b"\x01\x03\x02" + self.value.to_bytes(2, "big")
+            self._peer.say(body + crc16(body))
+        return heard
+
+
+def modbus_on(port: str) -> ModbusDriver:
+    options = ModbusOptions(serial=port, baud=9600, parity="none")
+    return ModbusDriver("meter", options, [ModbusPoint(name="value", register=0)])
+
+
+@pytest.mark.timeout(0)
+async def test_a_modbus_adapter_replugged_under_another_name_is_read_again_within_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HEADGATE_REPLUGS says how often."""
+    rng = random.Random(12)
+    meter = UsbMeter(tmp_path)
+    monkeypatch.setattr(serial_port, "present_ports", meter.ports)
+    driver = modbus_on("usb:0403:6001:A10K2X")
+    meter.plug()
+    await driver.connect()
+    names: list[str] = []
+    back_s: list[float] = []
+
+    async def again() -> None:
+        attempt = 0
+        while True:
+            try:
+                await driver.connect()
+                scan = await driver.read(driver.points)
+                if not scan.reasons:
+                    assert [*scan.values] == [meter.value]
+                    return
+                wait_s = 1.0
+            except DeviceUnreachable as err:
+                wait_s = rng.uniform(0, min(8.0, 2.0**attempt, err.retry_within_s or 8.0))
+                attempt += 1
+            await asyncio.sleep(wait_s)
+
+    for meter.value in range(1, REPLUGS + 1):
+        assert [*(await driver.read(driver.points)).values] == [meter.value]
+        names.append(meter.tty)
+        assert driver.line() == modbus_on(str(meter.dev / meter.tty)).line()
+        meter.unplug()
+        with pytest.raises(DeviceUnreachable):
+            await driver.read(driver.points)
+        assert driver.line().key == "usb:0403:6001:a10k2x"
+        reader = asyncio.create_task(again())
+        await asyncio.sleep(rng.choice([0, 0.05, 0.5, 1.5]))
+        meter.plug()
+        back = time.monotonic()
+        async with asyncio.timeout(BACK_WITHIN_S):
+            await reader
+        back_s.append(time.monotonic() - back)
+    await driver.close()
+    meter.unplug()
+    assert all(one != other for one, other in itertools.pairwise(names))
+    print(f"{REPLUGS} replugs: back after {max(back_s):.2f} s at most")
+
+
+async def test_a_modbus_device_names_its_port_in_any_way_and_two_names_of_it_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = UsbMeter(tmp_path)
+    monkeypatch.setattr(serial_port, "present_ports", meter.ports)
+    meter.plug()
+    meter.value = 7
+    by_usb, by_path = modbus_on("usb:0403:6001:A10K2X"), modbus_on(str(meter.dev / meter.tty))
+    try:
+        await by_usb.connect()
+        await by_path.connect()
+        for driver in (by_usb, by_path):
+            assert [*(await driver.read(driver.points)).values] == [7]
+    finally:
+        await by_usb.close()
+        await by_path.close()
+        meter.unplug()
+
+
+def test_a_modbus_port_of_a_bad_or_doubtful_name_is_refused_when_the_configuration_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConfigError, match=r"options.serial .*four hexadecimal digits"):
+        modbus_on("usb:0403")
+    with pytest.raises(ConfigError, match=r"options.serial is empty"):
+        modbus_on("")
+    monkeypatch.setattr(serial_port, "present_ports", lambda: PORTS)
+    with pytest.raises(ConfigError, match=r"options.serial usb:0403:6001: 2 ports answer"):
+        modbus_on("usb:0403:6001").line()
+    # Asked for its key alone (a technician's `--port`), it is nobody's line; opening it tells why.
+    assert SerialPort("usb:0403:6001", 9600, "N", 1).key == "usb:0403:6001"

@@ -20,10 +20,15 @@ from drivers.fields import Doubted, Result, parse
 from drivers.framing import LineCounts
 from drivers.iec62056 import block_size, data_block, identification
 from drivers.instrument import Dialect, SerialLineOptions, SerialLinePoint
+from drivers.mbus import MbusDriver, MbusOptions, MbusPoint, Readout
+from drivers.mbus_link import Telegram, acknowledged, telegram, telegram_size
+from drivers.mbus_records import records
 from drivers.obis import DataSets, code
 from drivers.sdi12 import answer_in, identity, promise, values
 from drivers.serial_detect import recognise
 from drivers.serial_line import dialect_of
+from tests.fakes.mbus_meter import PAD, rsp_ud
+from tests.test_drivers_mbus import AMTRON, POLLUCOM
 from tests.test_drivers_serial_detect import SAMPLES, modbus
 from tests.test_drivers_serial_protocols import DSMR
 
@@ -233,7 +238,53 @@ def _detect(data: bytes) -> object:
     return guesses
 
 
+MBUS_POINTS = [
+    *(MbusPoint(name=f"r{n}", record=n, type=kind) for n in (1, 2, 5) for kind in ValueType),
+    MbusPoint(name="e", unit="GJ", quantity="energy"),
+    MbusPoint(name="t", unit="Cel", quantity="flow_temperature", type=ValueType.F32),
+    MbusPoint(name="m", unit="l/h", quantity="volume_flow", function="maximum", storage=5),
+    MbusPoint(name="d", quantity="date", type=ValueType.STR),
+]
+MBUS = MbusDriver("m", MbusOptions(port="x", address=1), MBUS_POINTS)
+MBUS_DATA = (
+    bytes.fromhex(POLLUCOM)[12:-1]
+    + bytes.fromhex(AMTRON)[12:]
+    + bytes.fromhex(
+        PAD[34:]
+        + "426C5F1C 046D1A2F6511 04863C2A000000 02FC0348522574D411 0DFD1103636261 8480400601020304 01FD1780 0F"
+    )
+)
+
+
+def _mbus_link(data: bytes) -> object:
+    sent = data[:5] if len(data) & 1 else b"\x10\x7b\x01\x7c\x16"
+    assert 0 <= acknowledged(data, sent) <= len(data)
+    size = telegram_size(data, sent)
+    assert 0 <= size <= len(data)
+    came = telegram(data[:size], sent)
+    assert isinstance(came, Telegram | Reason)
+    return came if isinstance(came, Reason) else _mbus_records(came.data[12:])
+
+
+def _mbus_records(data: bytes) -> object:
+    part = records(data)
+    assert [record.number for record in part.records] == [*range(1, len(part.records) + 1)]
+    trouble = Reason.FRAMING if part.broken else None
+    scan = MBUS._scan(MBUS_POINTS, Readout(1, "", data[0], part.records, trouble))
+    for index, point in enumerate(MBUS_POINTS):
+        value, reason = scan.values[index], scan.reasons.get(index)
+        if value is None:
+            assert reason is not None
+            assert not reason.has_value
+        else:
+            assert reason is None or reason.has_value
+            proper(value, P(name="x", type=point.type))
+    return scan
+
+
 TARGETS: dict[str, tuple[Target, bytes]] = {
+    "mbus telegrams": (_mbus_link, rsp_ud(POLLUCOM) + b"\xe5\x10\x7b\x01\x7c\x16" + rsp_ud(PAD)),
+    "mbus records": (_mbus_records, MBUS_DATA),
     "sdi12": (_sdi12, b"0+3.14-2.718+1.414Ipz\r\n013NRSYSINC1000001.2101\r\n0M!00013\r\n"),
     "iec62056": (_iec, SAMPLES["iec62056"] + DSMR),
     "fields": (_fields, b"+12.5 -0x1F 1e400 nan inf 18446744073709551616 1_000 on off 1-0:1.8.0*255"),
