@@ -9,7 +9,7 @@ Rules:
    length beyond the registers there are, gives what came before, and why it ended.
 4. A number with a scale factor becomes a point with `scale_register`; a point whose scale factor says "not implemented"
    is left out, for it can have no value. What stands for "not implemented" in each type (same specification, 4.2)
-   becomes the point's `not_available`. For an accumulator that is 0, "not accumulated": of a new meter's 0 nobody can tell
+   becomes the point's `not_available`. For an accumulator that is 0, "not accumulated": of a 0 nobody can tell
    whether it counts, so it is shown, and is SENTINEL until the first pulse.
 
 The definitions are those that the SunSpec Alliance publishes (github.com/sunspec/models), as the package `pysunspec2`
