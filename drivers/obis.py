@@ -28,6 +28,10 @@ from drivers.instrument import Heard, Said, SerialLineOptions, SerialLinePoint, 
 
 MAX_TELEGRAM_BYTES: Final = 16_384  #: some 10 times the longest example of DSMR 5.0.2
 _MAX_SETS: Final = 4_096
+#: How a telegram may begin behind noise that holds a "/": with the maker's letters (IEC 62056-21, 6.3.2). No more
+#: places than these are tried, the last: each costs a check over all.
+_BEGINNING: Final = re.compile(rb"/(?=[A-Za-z]{3})")
+_MAX_BEGINNINGS: Final = 16
 
 # Value groups of IEC 62056-61, 4: A-B:C.D.E*F, of which only C.D need be there; C may be a letter (C, F, L, P).
 _CODE: Final = re.compile(
@@ -144,6 +148,7 @@ class TelegramFramer:
         self._counts = counts
         self._checked = checked
         self._buffer = b""
+        self._at_ns = 0
         self._in_step = False
 
     @property
@@ -154,6 +159,7 @@ class TelegramFramer:
         """A telegram is known by its `/`."""
 
     def feed(self, chunk: bytes, at_ns: int) -> list[Cut]:
+        self._at_ns = at_ns
         self._buffer += chunk
         cuts: list[Cut] = []
         while True:
@@ -163,7 +169,7 @@ class TelegramFramer:
             end = self._buffer.find(b"\n", mark + 1) if mark >= 0 else -1
             again = self._buffer.find(b"\n/", 0, mark if mark >= 0 else len(self._buffer))
             if again >= 0 or (end < 0 and len(self._buffer) > MAX_TELEGRAM_BYTES) or end > MAX_TELEGRAM_BYTES:
-                self._lose(Reason.FRAMING, again + 1 if again >= 0 else len(self._buffer), at_ns, cuts)
+                self._lose(Reason.FRAMING, again + 1 if again >= 0 else len(self._buffer), cuts)
                 continue
             if end < 0:
                 return cuts
@@ -172,16 +178,21 @@ class TelegramFramer:
                 cuts.append((telegram, at_ns))
                 self._in_step = True
                 self._buffer = self._buffer[end + 1 :]
-            elif (inner := self._buffer.find(b"/", 1, mark)) > 0:
+            elif (inner := self._behind_noise(telegram, sent)) > 0:
                 self._skip(inner)  # the first "/" was noise
             else:
-                self._lose(Reason.CRC, end + 1, at_ns, cuts, always=True)
+                self._lose(Reason.CRC, end + 1, cuts, always=True)
 
     def silence(self) -> list[Cut]:
         cuts: list[Cut] = []
         if self._buffer:
-            self._lose(Reason.FRAMING, len(self._buffer), 0, cuts)
+            self._lose(Reason.FRAMING, len(self._buffer), cuts)
         return cuts
+
+    def _behind_noise(self, telegram: bytes, sent: bytes) -> int:
+        """Where in these bytes the telegram begins whose check was sent; 0: nowhere."""
+        places = [found.start() for found in _BEGINNING.finditer(telegram, 1)][-_MAX_BEGINNINGS:]
+        return next((at for at in places if self._agrees(telegram[at:], sent)), 0)
 
     def _agrees(self, telegram: bytes, sent: bytes) -> bool:
         if not sent:
@@ -195,14 +206,14 @@ class TelegramFramer:
         self._counts.skipped_bytes += size
         self._buffer = self._buffer[size:]
 
-    def _lose(self, reason: Reason, size: int, at_ns: int, cuts: list[Cut], *, always: bool = False) -> None:
+    def _lose(self, reason: Reason, size: int, cuts: list[Cut], *, always: bool = False) -> None:
         if reason is Reason.CRC:
             self._counts.check_errors += 1
         else:
             self._counts.framing_errors += 1
         self._skip(size)
-        if (self._in_step or always) and at_ns:
-            cuts.append((reason, at_ns))
+        if self._in_step or always:
+            cuts.append((reason, self._at_ns))
         self._in_step = False
 
 

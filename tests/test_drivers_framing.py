@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drivers import obis
 from drivers.checks import CHECKS, Check, crc16_modbus, hex_agrees, xor_of
 from drivers.contract import Reason
 from drivers.framing import (
@@ -390,3 +391,90 @@ def test_a_silence_that_nobody_saw_costs_both_frames() -> None:
     assert framer.silence() == []
     framer.feed(b"5678", 3)
     assert framer.silence() == [(b"5678", 3)]
+
+
+# ---------------------------------------------------------------------------------------------------------- its work
+
+
+class Counted:
+    """A check that counts the bytes it was given."""
+
+    def __init__(self) -> None:
+        self.seen_bytes = 0
+
+    def __call__(self, data: bytes) -> int:
+        self.seen_bytes += len(data)
+        return crc16_modbus(data)
+
+
+ENDLESS = Shape(start=b"\x10", check="crc16_modbus")
+ENDED = Shape(start=b"\x10", end=b"\x03", check="crc16_modbus")
+DLE = Shape(start=b"\x10\x02", end=b"\x10\x03", check="crc16_modbus")
+
+
+@pytest.mark.parametrize(
+    ("build", "noise", "good"),
+    [
+        (lambda counts: FixedFramer(ENDLESS, 4000, counts), b"\x10" * 20_000, bytes(4000)),
+        (
+            lambda counts: LengthFramer(
+                ENDLESS, 65_536, counts, offset=1, size=2, order="big", length_counts="all", plus=0
+            ),
+            b"\x10" * 20_000,
+            (103).to_bytes(2, "big") + bytes(98),
+        ),
+        (
+            lambda counts: StartStopFramer(ENDED, 4096, counts, escape="none", starts_inside=True),
+            (b"\x10" * 4000 + b"\x03" * 40) * 5,
+            bytes(100),
+        ),
+        (
+            lambda counts: StartStopFramer(DLE, 4096, counts, escape="dle", starts_inside=True),
+            b"\x10\x02" * 10_000,
+            bytes(100),
+        ),
+        (
+            lambda counts: GapFramer(ENDLESS, 4096, counts, body_bytes=None, in_step=True),
+            b"\x10" * 20_000,
+            bytes(100),
+        ),
+    ],
+    ids=["fixed", "length", "start_stop", "dle", "gap"],
+)
+def test_noise_that_begins_like_a_frame_everywhere_costs_little_and_ends(
+    build: Callable[[LineCounts], Framer], noise: bytes, good: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted()
+    monkeypatch.setitem(CHECKS, "crc16_modbus", (2, counted))
+    counts = LineCounts()
+    framer = build(counts)
+    for at in range(0, len(noise), 1000):
+        framer.feed(noise[at : at + 1000], 1)
+    framer.silence()
+    assert counted.seen_bytes <= (1 << 20) + 300 * len(noise)
+    shape = ENDED if isinstance(framer, StartStopFramer) and framer._escape == "none" else ENDLESS
+    shape = DLE if isinstance(framer, StartStopFramer) and framer._escape == "dle" else shape
+    inner = shape.start + good
+    check = crc16_modbus(inner).to_bytes(2, "big")
+    frame = shape.start + (good + check).replace(b"\x10", b"\x10\x10") if shape is DLE else inner + check
+    bodies: list[bytes | Reason] = []
+    for _ in range(20):
+        bodies += [body for body, _ in framer.feed(frame + shape.end, 2)]
+        bodies += [body for body, _ in framer.silence()]
+    assert bodies[-1] == good
+    assert counts.skipped_bytes + counts.framing_errors + counts.check_errors >= 1
+
+
+def test_slashes_without_end_cost_a_telegrams_reader_few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted()
+    monkeypatch.setattr(obis, "crc16_arc", counted)
+    framer = obis.TelegramFramer(LineCounts(), checked=True)
+    framer.feed(b"/ABC5" * 3200 + b"\n!AAAA\n", 1)
+    assert counted.seen_bytes < 20 * obis.MAX_TELEGRAM_BYTES
+
+
+def test_a_telegram_that_stops_is_said_with_the_time_of_its_last_byte() -> None:
+    framer = obis.TelegramFramer(LineCounts(), checked=False)
+    assert framer.feed(b"/ABC5x\r\n\r\n1-0:1.8.1(1*kWh)\r\n!\r\n", 1)[0][1] == 1
+    framer.feed(b"/ABC5x\r\n\r\n1-0:1.8.1(", 2)
+    assert framer.silence() == [(Reason.FRAMING, 2)]
