@@ -7,6 +7,7 @@ Rules:
    minute.
 2. The wait is in proportion to what asking a dead unit costs its line: at most a twentieth of the line's time.
 3. After the wait one request is let through (a probe). Its answer ends the matter; its failure begins the next wait.
+   Most probes have little patience, some wait for as long as a reply may take, and some are sent just as asked.
 4. A busy unit is there and will have time soon: its waits are shorter.
 5. One proper answer, be it a refusal, and all is forgotten.
 """
@@ -34,14 +35,17 @@ LEAST_LONGEST_S: Final = 2.0
 MOST_LONGEST_S: Final = 8.0
 LONG_DEAD_S: Final = 600.0
 LONG_DEAD_LONGEST_S: Final = 60.0
-PATIENT_EVERY: Final = 4  #: every so many probes one waits as long as the request may take
+PATIENT_EVERY: Final = 4  #: every so many probes one waits as long as the request may take,
+WHOLE_EVERY: Final = 8  #: and one is the whole request, for some devices mind any other:
+FIRST_WHOLE: Final = 2  #: this one first
 
 
 class Verdict(enum.Enum):
     PASS = 0
-    PROBE = 1  #: this one request, with little patience
-    PATIENT_PROBE = 2  #: this one request, and its whole timeout
-    REFUSE = 3
+    PROBE = 1  #: this one request, with little patience, or a brief one in its place
+    PATIENT_PROBE = 2  #: the same, and its whole timeout
+    WHOLE_PROBE = 3  #: this one request, just as it is
+    REFUSE = 4
 
 
 class Breaker(msgspec.Struct):
@@ -69,6 +73,8 @@ class Breaker(msgspec.Struct):
         if self.refuses(now_s):
             return Verdict.REFUSE
         self.probing = True
+        if self.waits % WHOLE_EVERY == FIRST_WHOLE:
+            return Verdict.WHOLE_PROBE
         return Verdict.PROBE if self.waits % PATIENT_EVERY else Verdict.PATIENT_PROBE
 
     def failed(self, reason: Reason, now_s: float, cost_s: float) -> None:

@@ -12,9 +12,10 @@ Rules:
    as the next request is written, so that it is gone even if this process was held up meanwhile. (Measured: without
    this, 20 of 20 late replies were taken for another register's value.)
 4. A unit that does not answer is left alone for a growing while (`drivers.modbus_breaker`): asking it fails at once and
-   takes none of the line's time. Its probe, and from its first failure on every request, waits no longer than the unit
-   needs to begin a reply. The others need not be silent for it afterwards: a late reply carries its own unit's number;
-   the unit itself is not asked again before that reply cannot come any more.
+   takes none of the line's time. From its first failure on a read begins with a brief one of its first registers, which
+   waits no longer than the unit needs to begin a reply. A late reply to that can be taken for the answer to a request
+   of the same form only, whatever unit's number it carries: such a request, and any to the unit itself, waits until it
+   cannot come any more; the others go on.
 5. A technician's request (`force`) is sent to a unit that is left alone, too.
 
 `open_serial` is the seam for a model of a line: put `(SerialPort, protocol factory) -> SerialTransport` in its place.
@@ -26,7 +27,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, boot_ns
 from drivers.modbus_address import Address, HostPort, SerialPort, reply_timeout_s
@@ -73,6 +74,11 @@ _ADAPTER_S: Final = 0.02  #: a USB adapter may hand a byte on this much later (F
 _SETTLE_S: Final = 0.005  #: what has arrived is readable by then: a tty's bytes come through a work queue
 _SAMPLED: Final = 16  #: with transactions, one of so many requests is measured
 _SILENT: Final = (Reason.TIMEOUT, Reason.DISCONNECTED)
+_BITS: Final = (1, 2)  #: function codes that read bits (Modbus application protocol 1.1b3, 6.1 and 6.2)
+_READS: Final = (*_BITS, 3, 4)  #: and registers (6.3, 6.4)
+_READ_SIZE: Final = 5  #: bytes of their PDU: function, address, quantity
+_Form: TypeAlias = tuple[bytes, int]
+"""What a reply looks like but for its unit's number and its data: its head and size."""
 
 open_serial: OpenSerial = open_tty
 
@@ -118,11 +124,16 @@ class _Owner:
             None  #: until the line is silent enough for the job's next request
         )
         self._in_flight = False
+        self._sent: Request | None = None
+        self._is_brief = (
+            False  #: what was sent is not the job's request yet, but a brief one to the same unit
+        )
         self._probed: Breaker | None = None
         self._breakers: dict[int, Breaker] = {}
         self._slowest_s: dict[int, float] = {}  #: turnaround, by unit
         self._silence_s = address.silence_s if isinstance(address, SerialPort) else 0.0
         self.reply_due_s = 0.0  #: until then a reply to a request that nobody waits for may come
+        self._form_due_s: dict[_Form, float] = {}  #: the same, of a reply that has this form
         self._quiet_from_s = (
             0.0  #: the line has been seen silent after that, when then nothing waits to be read
         )
@@ -172,6 +183,10 @@ class _Owner:
                 self._abandon()
             raise
 
+    def quiet_until_s(self) -> float:
+        """Until when any late reply may come."""
+        return max(self.reply_due_s, *self._form_due_s.values(), 0.0)
+
     def close(self) -> None:
         wire, self._wire = self._wire, None
         if self._pause is not None:
@@ -181,7 +196,7 @@ class _Owner:
             if self._in_flight:
                 self._owe_silence(wire)
             wire.close()
-        self._in_flight = False
+        self._in_flight = self._is_brief = False
         if self._job is not None and self._job.series:
             self._proceed_or_next()
 
@@ -237,18 +252,28 @@ class _Owner:
                 self._pause = self._loop.call_later(silent_s, self._proceed_or_next)
                 return True
             job.babble_until_s = 0.0
+        self._in_flight = True
         if breaker is None or job.force:
-            self._in_flight = True
-            wire.send(request)
+            self._send(wire, request, None)
             return True
         verdict = breaker.verdict(self._loop.time())
-        # One failure, and a unit whose turnaround is known gets no more than that, lest it holds up all others.
+        reads = request.pdu[0] in _READS
+        # One failure, and a unit whose turnaround is known gets no more than that, lest it holds up all others. (A
+        # write may take its time.)
         suspect = verdict is Verdict.PASS and self._silence_s > 0.0 and request.unit in self._slowest_s
-        self._in_flight = True
         if suspect or verdict is not Verdict.PASS:
             self._probed = breaker
-        wire.send(request, self._patience_s(request) if suspect or verdict is Verdict.PROBE else None)
+        if not reads or not (suspect or verdict in (Verdict.PROBE, Verdict.PATIENT_PROBE)):
+            self._send(wire, request, None)
+            return True
+        brief = request if wire.has_transactions else _brief(request)
+        self._is_brief = brief is not request
+        self._send(wire, brief, None if verdict is Verdict.PATIENT_PROBE else self._patience_s(brief))
         return True
+
+    def _send(self, wire: Wire, request: Request, first_byte_s: float | None) -> None:
+        self._sent = request
+        wire.send(request, first_byte_s)
 
     def _left_alone(self, unit: int, breaker: Breaker, now_s: float) -> DeviceUnreachable:
         why = {
@@ -270,7 +295,7 @@ class _Owner:
         if self._in_flight and wire is not None:
             self._owe_silence(wire)
             wire.drop()
-        self._in_flight = False
+        self._in_flight = self._is_brief = False
         if self._probed is not None:
             self._probed.released()
             self._probed = None
@@ -282,16 +307,28 @@ class _Owner:
         job = self._job
         if job is None:
             return
-        job.taken_at_ns = boot_ns()
+        if self._form_due_s and not isinstance(reply, bytes) and self._may_be_late(job):
+            self.unanswered(Failure(Reason.FRAMING))
+            return
         self._in_flight = False
         self._unanswered = 0
-        wire = self._wire
+        wire, sent = self._wire, self._sent
         replies, series = job.replies, job.series
         self._answers += 1
-        if wire is not None and (not wire.has_transactions or not self._answers % _SAMPLED):
-            self._measure(wire, series[len(replies)])
+        if (
+            wire is not None
+            and sent is not None
+            and (not wire.has_transactions or not self._answers % _SAMPLED)
+        ):
+            self._measure(wire, sent)
         if type(reply) is not bytes or self._breakers:
             self._judge(series[len(replies)].unit, reply)
+        if self._is_brief:
+            self._is_brief = False
+            if not job.done.done() and _lives(reply):
+                self._proceed_or_next()
+                return
+        job.taken_at_ns = boot_ns()
         replies.append(reply)
         if len(replies) == len(series) or job.done.done():
             job.finish()
@@ -301,6 +338,12 @@ class _Owner:
             self._next()
         else:
             self._proceed_or_next()
+
+    def _may_be_late(self, job: _Job) -> bool:
+        """Whether the exception that came may be a late answer to another unit's brief read: all exceptions to one
+        function have the same form."""
+        now_s, function = self._loop.time(), job.series[len(job.replies)].pdu[0]
+        return any(head[0] == function and now_s < due_s for (head, _), due_s in self._form_due_s.items())
 
     def unanswered(self, failure: Failure) -> None:
         job, wire = self._job, self._wire
@@ -314,7 +357,7 @@ class _Owner:
             self._probed.released()
         self._owe_silence(wire)
         wire.drop()
-        self._in_flight = False
+        self._in_flight = self._is_brief = False
         self._probed = None
         job.replies.append(failure)
         job.finish()
@@ -323,7 +366,7 @@ class _Owner:
     def _judge(self, unit: int, reply: Reply) -> None:
         """Leave the unit alone for a while, or forget that it failed."""
         breaker = self._breakers.get(unit)
-        if isinstance(reply, bytes) or reply.reason is Reason.EXCEPTION:
+        if _lives(reply):
             if breaker is not None:
                 del self._breakers[unit]
                 self._probed = None
@@ -332,19 +375,22 @@ class _Owner:
             breaker = self._breakers[unit] = Breaker()
         now_s = self._loop.time()
         cost_s = now_s - self._wire.sent_s if self._wire is not None else 0.0
+        assert isinstance(reply, Failure)  # noqa: S101 - what is none tells of life
         breaker.failed(Reason.TIMEOUT if reply.reason in _SILENT else reply.reason, now_s, cost_s)
         if reply.code:  # it, or its gateway, answered: nothing is due any more
             self._probed = None
 
     def _owe_silence(self, wire: Wire) -> None:
         """No answer came. When may none come any more?"""
-        if wire.has_transactions:
+        sent = self._sent
+        if wire.has_transactions or sent is None:
             return
-        due_s = wire.reply_due_s()
+        due_s = wire.sent_s + sent.latest_s
         if isinstance(self.address, SerialPort):
             due_s += _ADAPTER_S
-        if self._probed is not None:
+        if self._probed is not None and sent.pdu[0] in _READS:
             self._probed.expects(due_s)
+            self._form_due_s[_form_of(sent)] = due_s
         else:
             self.reply_due_s = max(self.reply_due_s, due_s)
             self._owed = True
@@ -352,7 +398,11 @@ class _Owner:
     def _silent_in_s(self, wire: Wire, job: _Job, breaker: Breaker | None) -> float:
         """How long until the next request may be sent; 0: now, and nothing waits to be read."""
         now_s = self._loop.time()
-        due_s = max(self.reply_due_s, breaker.reply_due_s if breaker is not None else 0.0)
+        due_s = self.reply_due_s
+        if breaker is not None:
+            due_s = max(due_s, breaker.reply_due_s)
+        if self._form_due_s:
+            due_s = max(due_s, self._form_due_s.get(_form_of(job.series[len(job.replies)]), 0.0))
         if now_s < due_s:
             self._owed = True
             job.babble_until_s = due_s + _BABBLE_S
@@ -425,6 +475,30 @@ class _Owner:
             raise DeviceUnreachable(f"{address}: {err}") from err
 
 
+def _form_of(request: Request) -> _Form:
+    return request.reply_head, request.reply_size
+
+
+def _brief(request: Request) -> Request:
+    """The shortest read of the same kind at the same address that can be told from this one by its reply, or (there is
+    none) the same: two registers, since many values take two and some devices keep silent about a half; eight bits."""
+    function, quantity = request.pdu[0], int.from_bytes(request.pdu[3:], "big")
+    of_bits = function in _BITS
+    enough = 8 if of_bits else 2 if quantity > 2 else 1
+    if len(request.pdu) != _READ_SIZE or quantity <= enough:
+        return request
+    data = 1 if of_bits else 2 * enough
+    return Request(
+        request.unit, request.pdu[:3] + enough.to_bytes(2, "big"), bytes([function, data]), 2 + data,
+        request.timeout_s, request.latest_s,
+    )  # fmt: skip
+
+
+def _lives(reply: Reply) -> bool:
+    """It is an answer of the unit itself, and it has time for us."""
+    return isinstance(reply, bytes) or reply.reason is Reason.EXCEPTION
+
+
 class Line:
     """A line as one user has it. Made by `line_of`, given back by `release`."""
 
@@ -492,5 +566,5 @@ def _leave(owner: _Owner, user: str) -> None:
         if owners.get(owner.key) is owner:
             del owners[owner.key]
         owner.close()
-        if owner.reply_due_s > loop.time():
-            _due_s.setdefault(loop, {})[owner.key] = owner.reply_due_s
+        if owner.quiet_until_s() > loop.time():
+            _due_s.setdefault(loop, {})[owner.key] = owner.quiet_until_s()

@@ -126,11 +126,6 @@ class Wire(ABC):
         if self._timer is None:
             self._timer = self._loop.call_at(deadline_s, self._on_timer)
 
-    def reply_due_s(self) -> float:
-        """Until when a reply to the request under way may still come, if nobody waits for it any more."""
-        request = self._request
-        return self._sent_s + request.latest_s if request is not None else 0.0
-
     def drop(self) -> None:
         """Nobody waits for the reply any more."""
         self._request = None

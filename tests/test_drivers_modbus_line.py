@@ -21,7 +21,7 @@ from typing import cast
 
 import pytest
 
-from drivers import modbus_line
+from drivers import modbus_breaker, modbus_line
 from drivers.contract import ConfigError, DeviceUnreachable, Reason
 from drivers.modbus_address import reply_timeout_s
 from drivers.modbus_breaker import Breaker, Verdict
@@ -93,10 +93,8 @@ class _Tally(Counter[str]):
             self["wrong"] += 1
 
 
-async def _soak(
-    monkeypatch: pytest.MonkeyPatch, frames: int, seed: int, *, framing: str, echo: bool, stalls: float
-) -> tuple[_Tally, FaultySlave]:
-    chance = random.Random(seed)
+def _anyhow(chance: random.Random) -> Callable[[int], str]:
+    """Each request meets its own fate."""
 
     def fault(unit: int) -> str:
         return chance.choice(
@@ -105,6 +103,38 @@ async def _soak(
             else ("late", "late", "late_bytewise", *UNANSWERED)
         )
 
+    return fault
+
+
+def _in_spells(chance: random.Random) -> Callable[[int], str]:
+    """Each unit is well for a while and then fails for a while, with two faults at once too, so that it is left alone
+    and tried again: what comes late may have the other unit's number."""
+    left, fails = {1: 0, 2: 0}, {1: True, 2: True}
+    mixed = ("late", "late", "none", "late_of_other_unit", "late_of_other_unit", "late_exception_of_other")
+
+    def fault(unit: int) -> str:
+        if not left[unit]:
+            fails[unit] = not fails[unit]
+            left[unit] = chance.randrange(4, 30) if fails[unit] else chance.randrange(5, 40)
+        left[unit] -= 1
+        if fails[unit]:
+            return chance.choice(mixed + UNANSWERED)
+        return chance.choice((*("ok",) * 60, *ANSWERED, *UNANSWERED))
+
+    return fault
+
+
+async def _soak(
+    monkeypatch: pytest.MonkeyPatch,
+    frames: int,
+    fault: Callable[[int], str],
+    seed: int,
+    *,
+    framing: str = "rtu",
+    echo: bool = False,
+    stalls: float,
+    force: bool = True,
+) -> tuple[_Tally, FaultySlave]:
     noting = _Noting()
     slave = noting.slave = FaultySlave(
         fault, ascii_=framing == "ascii", timeout_s=TIMEOUT_S, latest_s=LATEST_S, echo=echo, seed=seed
@@ -119,7 +149,12 @@ async def _soak(
         for n in left:
             register = n % 60_000
             request = reading(unit, register, timeout_s=TIMEOUT_S, latest_s=LATEST_S)
-            replies = (await line.exchange([request], force=True)).replies
+            try:
+                replies = (await line.exchange([request], force=force)).replies
+            except DeviceUnreachable:
+                tally["left alone"] += 1
+                await asyncio.sleep(0.01)
+                continue
             tally.judge(unit, register, replies[0])
             if upset.random() < stalls:
                 # The loop is held up now, or in the midst of the next request, or while the line owes its silence.
@@ -149,7 +184,8 @@ async def test_frames_with_every_fault_give_no_wrong_value(
     monkeypatch: pytest.MonkeyPatch, framing: str, echo: bool, stalls: float, share: float
 ) -> None:
     frames = int(FRAMES * share)
-    tally, slave = await _soak(monkeypatch, frames, SEED, framing=framing, echo=echo, stalls=stalls)
+    fault = _anyhow(random.Random(SEED))
+    tally, slave = await _soak(monkeypatch, frames, fault, SEED, framing=framing, echo=echo, stalls=stalls)
     print(
         f"seed {SEED}, {frames} frames, {framing}: {dict(tally)}; late {slave.late}, dropped {slave.dropped}"
     )
@@ -161,6 +197,31 @@ async def test_frames_with_every_fault_give_no_wrong_value(
     assert sum(tally.values()) == frames
     assert {"TIMEOUT", "FRAMING", "CRC", "EXCEPTION", "BUSY"} <= set(tally)
     assert Reason.DISCONNECTED.name not in tally
+
+
+@pytest.mark.timeout(0)
+async def test_units_that_are_left_alone_and_tried_again_give_no_wrong_value_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a brief read the line is not silent for the others: what comes late has another form than they wait for,
+    be it with their number."""
+    for name, shorter_s in {
+        "FIRST_S": 0.01,
+        "LEAST_LONGEST_S": 0.04,
+        "MOST_LONGEST_S": 0.04,
+        "BUSY_FIRST_S": 0.01,
+    }.items():
+        monkeypatch.setattr(modbus_breaker, name, shorter_s)
+    frames = FRAMES
+    tally, slave = await _soak(
+        monkeypatch, frames, _in_spells(random.Random(SEED)), SEED, stalls=0.02, force=False
+    )
+    print(f"seed {SEED}, {frames} frames: {dict(tally)}; late {slave.late}, dropped {slave.dropped}")
+    print(dict(slave.did))
+    assert tally["wrong"] == 0
+    assert tally["right"] > frames / 20
+    assert tally["left alone"] > frames / 20
+    assert slave.did["late_of_other_unit"] + slave.did["late_exception_of_other"] > frames / 60
 
 
 async def test_a_late_reply_that_came_while_the_loop_was_held_up_is_thrown_away(
@@ -539,6 +600,17 @@ def test_a_silent_unit_is_left_alone_longer_and_longer() -> None:
     )  # cheap to ask: asked more often
 
 
+def test_some_probes_are_patient_and_the_second_is_the_whole_request() -> None:
+    breaker, now_s, verdicts = Breaker(), 0.0, []
+    for _ in range(3 + 12):
+        verdicts.append(breaker.verdict(now_s))
+        breaker.failed(Reason.TIMEOUT, now_s, 0.1)
+        now_s = max(now_s, breaker.again_s)
+    brief, patient, whole = Verdict.PROBE, Verdict.PATIENT_PROBE, Verdict.WHOLE_PROBE
+    probes = [brief, whole, brief, patient, brief, brief, brief, patient, brief, whole, brief, patient]
+    assert verdicts == [Verdict.PASS] * 3 + probes
+
+
 def test_a_busy_unit_is_asked_again_soon() -> None:
     assert waits_of(Breaker(), Reason.BUSY, cost_s=0.01, until_s=5)[:5] == [0.25, 0.5, 1, 2, 2]
 
@@ -618,6 +690,121 @@ async def test_a_unit_that_its_gateway_misses_or_that_is_busy_leaves_line_and_ot
         peer.script = []
         assert isinstance((await line.exchange([other])).replies[0], bytes)
         assert peer.connections == 1
+
+
+async def _left_alone(line: Line, request: Request, slave: FaultySlave) -> None:
+    """Ask it until it is left alone, and then until it has been probed once."""
+    probed: int | None = None
+    while probed is None or slave.requests == probed:
+        try:
+            assert isinstance((await line.exchange([request])).replies[0], Failure)
+        except DeviceUnreachable:
+            probed = slave.requests if probed is None else probed
+            await asyncio.sleep(0.005)
+
+
+async def test_a_late_reply_to_a_probe_is_nobodys_after_the_line_was_given_back_and_taken_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a reload of the configuration."""
+    monkeypatch.setattr(modbus_breaker, "FIRST_S", 0.02)
+    fate, noting = ["none"], _Noting()
+    slave = noting.slave = FaultySlave(lambda _: fate[0], timeout_s=0.05, latest_s=0.3)
+    monkeypatch.setattr(modbus_line, "open_serial", noting.open)
+    address = SerialPort(slave.path, 115200, "N", 1)
+    try:
+        async with line_at(address) as line:
+            await _left_alone(line, reading(1, 7, 1, timeout_s=0.05, latest_s=0.3), slave)
+            fate[0] = "late"
+            await _left_alone(line, reading(1, 8, 1, timeout_s=0.05, latest_s=0.3), slave)
+        fate[0] = "none"
+        async with line_at(address) as line:
+            # Of the form of the probe, and with more patience than its late reply needs.
+            request = reading(1, 9, 1, timeout_s=0.4, latest_s=0.4)
+            reply = (await line.exchange([request], force=True)).replies[0]
+        assert reply == Failure(Reason.TIMEOUT)
+    finally:
+        slave.close()
+
+
+async def test_a_unit_that_is_back_is_found_by_a_brief_read_and_its_values_come_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(modbus_breaker, "FIRST_S", 0.05)
+    units = {1: ModelUnit(holding=list(range(60))), 2: ModelUnit(holding=list(range(60)))}
+    model = SerialLineModel(units, baud=115200)
+    monkeypatch.setattr(modbus_line, "open_serial", model.open)
+    request = reading(1, 5, 40, timeout_s=0.05, latest_s=0.1)
+    async with line_at(SerialPort("model", 115200, "N", 1)) as line:
+        assert isinstance((await line.exchange([request])).replies[0], bytes)
+        away = units.pop(1)
+        for _ in range(3):
+            assert (await line.exchange([request])).replies == [Failure(Reason.TIMEOUT)]
+        units[1] = away
+        model.asked.clear()
+        deadline_s = asyncio.get_running_loop().time() + 5
+        while True:
+            with contextlib.suppress(DeviceUnreachable):
+                reply = (await line.exchange([request])).replies[0]
+                break
+            assert asyncio.get_running_loop().time() < deadline_s
+            await asyncio.sleep(0.01)
+        assert reply == struct.pack(">40H", *range(5, 45))
+        assert [pdu for _, pdu in model.asked] == [bytes.fromhex("0300050002"), request.pdu]
+
+
+async def test_a_unit_that_is_silent_to_brief_reads_is_back_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(modbus_breaker, "FIRST_S", 0.02)
+    frame = rtu_frame(b"\x01" + bytes.fromhex("0300050004"))
+    alive = False
+
+    def answer(request: bytes) -> bytes:
+        return rtu_frame(bytes.fromhex("0103080001000200030004")) if alive and request == frame else b""
+
+    request = reading(1, 5, timeout_s=0.05, latest_s=0.06)
+    async with answering(answer) as line:
+        for _ in range(3):
+            assert (await line.exchange([request])).replies == [Failure(Reason.TIMEOUT)]
+        alive = True
+        tries = 0
+        while True:
+            with contextlib.suppress(DeviceUnreachable):
+                tries += 1
+                if isinstance((await line.exchange([request])).replies[0], bytes):
+                    break
+            assert tries < 300
+            await asyncio.sleep(0.01)
+
+
+async def test_a_write_to_a_unit_that_failed_before_has_its_whole_time() -> None:
+    """A device that stores what it is told may take ten times longer than for a read."""
+    async with pty_pair() as (ours, theirs):
+        loop = asyncio.get_running_loop()
+        fd = os.open(theirs, os.O_RDWR | os.O_NOCTTY)
+        answers: list[tuple[float, bytes]] = []
+
+        def asked() -> None:
+            os.read(fd, 1024)
+            after_s, answer = answers.pop(0)
+            loop.call_later(after_s, os.write, fd, answer)
+
+        loop.add_reader(fd, asked)
+        try:
+            async with line_at(SerialPort(ours, 115200, "N", 1)) as line:
+                write = Request(1, WRITE.pdu, WRITE.reply_head, WRITE.reply_size, 1.0, 1.0)
+                answers += [
+                    (0.0, rtu_frame(bytes.fromhex("0103020102"))),
+                    (0.0, b""),
+                    (0.4, rtu_frame(b"\x01" + WRITE.pdu)),
+                ]
+                assert isinstance((await line.exchange([REGISTER])).replies[0], bytes)
+                assert (await line.exchange([REGISTER])).replies == [Failure(Reason.TIMEOUT)]
+                assert (await line.exchange([write])).replies == [b""]
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
 
 
 async def test_with_ten_units_at_9600_baud_and_one_dead_the_others_keep_their_period(

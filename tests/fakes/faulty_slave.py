@@ -36,6 +36,7 @@ UNANSWERED = (
     "other_unit",
     "other_function",
 )
+"""All single faults."""
 
 
 def words_of(unit: int, address: int) -> list[int]:
@@ -73,6 +74,7 @@ class FaultySlave:
         self.sent_at: deque[float] = deque()
         self.did: Counter[str] = Counter()
         self.dropped = 0
+        self.requests = 0
         self.late = 0  #: late replies that were written
         self._due: list[tuple[float, int, float, bytes]] = []
         self._order = 0
@@ -117,14 +119,15 @@ class FaultySlave:
 
     def _take(self, frame: bytes) -> None:
         sent_s = self.sent_at.popleft()
+        self.requests += 1
         body = binascii.unhexlify(frame[1:-4]) if self._ascii else frame[:-2]
-        unit, function, address, _ = struct.unpack(">BBHH", body)
+        unit, function, address, count = struct.unpack(">BBHH", body)
         now_s = time.monotonic()
         if self._echo:
             self._put(now_s, sent_s, frame)
         how = self._fault(unit)
         self.did[how] += 1
-        data = struct.pack(f">{COUNT}H", *words_of(unit, address))
+        data = struct.pack(f">{count}H", *words_of(unit, address)[:count])
         right = self._frame(bytes([unit, function, len(data)]) + data)
         chance = self._chance
         match how:
@@ -135,6 +138,14 @@ class FaultySlave:
             case "late":
                 self.late += 1
                 self._put(sent_s + chance.uniform(self._timeout_s, self._latest_s), sent_s, right)
+            case "late_of_other_unit":  # two faults at once: of a pair of units, each with the other's number
+                self.late += 1
+                wrong = self._frame(bytes([3 - unit, function, len(data)]) + data)
+                self._put(sent_s + chance.uniform(self._timeout_s, self._latest_s), sent_s, wrong)
+            case "late_exception_of_other":
+                self.late += 1
+                wrong = self._frame(bytes([3 - unit, function | 0x80, 2]))
+                self._put(sent_s + chance.uniform(self._timeout_s, self._latest_s), sent_s, wrong)
             case "late_bytewise":
                 self.late += 1
                 begin_s = sent_s + chance.uniform(0.5, 1.0) * self._timeout_s
