@@ -47,7 +47,7 @@ def profiles(name: str | None, file: Path | None, *, as_json: bool) -> None:
             sys.exit(2)
         try:
             profile = described.load(name)
-            described.check(profile)
+            _sound(profile)
         except ConfigError as err:
             click.echo(f"headgate: {err}", err=True)
             sys.exit(1)
@@ -65,7 +65,7 @@ def _list(*, as_json: bool) -> int:
     for name in described.names():
         try:
             profile = described.load(name)
-            described.check(profile)
+            _sound(profile)
             good.append(profile)
         except ConfigError as err:
             bad.append(str(err))
@@ -87,18 +87,12 @@ def _list(*, as_json: bool) -> int:
 
 
 def _check(file: Path, *, as_json: bool) -> None:
-    from agent.validation import Rules
     from drivers import profiles as described
-    from drivers import registry
     from drivers.contract import ConfigError
 
     try:
         profile = described.load_file(file)
-        described.check(profile)
-        kind = registry.load(profile.driver)
-        import msgspec
-
-        Rules([msgspec.convert(point, kind.point_type) for point in profile.points])
+        _sound(profile)
     except ConfigError as err:
         text = str(err) if str(file) in str(err) else f"{file}: {err}"
         click.echo(_json({"ok": False, "error": text}) if as_json else text, err=not as_json)
@@ -115,6 +109,23 @@ def _check(file: Path, *, as_json: bool) -> None:
             f'note: to use it as profile = "{profile.name}", put it into {described.OPERATORS} or a folder of '
             f"${described.FOLDERS_ENV}" + (f" (now that name means {taken})" if taken is not None else "")
         )
+
+
+def _sound(profile: Profile) -> None:
+    """Would a device with it be accepted, as `config check` judges? Raises `ConfigError`."""
+    import msgspec
+
+    from agent.devices import check_rules
+    from drivers import profiles as described
+    from drivers import registry
+
+    described.check(profile)
+    kind = registry.load(profile.driver)
+    try:
+        check_rules([msgspec.convert(point, kind.point_type) for point in profile.points], "")
+    except registry.TableError as err:
+        where = described.where_of(profile, profile.points, err) or profile.file
+        raise described.ProfileError(f"{where}: {err}") from err
 
 
 def _brief(profile: Profile) -> dict[str, Any]:

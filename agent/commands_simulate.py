@@ -170,6 +170,7 @@ def _of_profile(what: str, unit: int | None, framing: str) -> list[_Served]:
     own: dict[str, Value] = {"host": "192.0.2.1"} if unit is None else {"host": "192.0.2.1", "unit": unit}
     options, points = profiles.merge(profile, own, [])
     options.pop("framing", None)
+    options.pop("serial", None)
     driver = registry.build(profile.name, profile.driver, options, points)
     assert isinstance(driver, ModbusDriver)  # noqa: S101 - as its name says
     return [_Served(_simulated(driver, profile.detect), framing, "the profile's")]

@@ -7,6 +7,7 @@ through here, so what the check accepts is what runs.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -16,7 +17,7 @@ from agent.validation import Rules
 from config.agent import Agent, Device
 from config.load import ConfigFileError, line_of
 from drivers import profiles, registry
-from drivers.contract import ConfigError, LineClaim
+from drivers.contract import ConfigError, LineClaim, Point
 from drivers.registry import AnyDriver, TableError
 from sync.wire import MAX_POINTS
 
@@ -122,7 +123,10 @@ def build_device(device: Device) -> Built:
     except TableError as err:
         raise _blamed(device, points, err) from err
     try:
-        Rules(driver.points)
+        check_rules(driver.points, where)
+    except TableError as err:
+        raise _blamed(device, points, err) from err
+    try:
         claim = driver.line()
     except ConfigError as err:
         raise ConfigError(f"{where}: {err}") from err
@@ -152,6 +156,21 @@ def build_device(device: Device) -> Built:
         build=build,
     )
     return Built(plan, driver, claim, device.isolate)
+
+
+def check_rules(points: Sequence[Point], where: str) -> None:
+    """Raises `TableError` for a rule of a point that no value could ever pass or fail."""
+    try:
+        Rules(points)
+    except ConfigError as err:
+        text = str(err)
+        index = next((i for i, point in enumerate(points) if text.startswith(f"point {point.name!r}:")), None)
+        if index is None:
+            raise TableError(f"{where} {text}".lstrip(), "point") from err
+        keys = points[index].__struct_fields__
+        said = re.findall(r"\w+", text.removeprefix(f"point {points[index].name!r}"))
+        key = next((word for word in said if word in keys and word != "type"), "")
+        raise TableError(f"{where} {text}".lstrip(), f"point[{index}].{key}".rstrip(".")) from err
 
 
 def _described(

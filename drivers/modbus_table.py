@@ -218,6 +218,10 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
         if point.type is not ValueType.STR and point.length is not None and point.encoding is None:
             return "length: needed by a str, and only there; remove it"
     exponent = point.exponent_register
+    if point.type is ValueType.STR and point.order not in (None, "AB", "BA", "ABCD", "CDAB", "BADC", "DCBA"):
+        return (
+            f"order: text has no word order: {point.order!r} is not valid (valid: ABCD, BADC: bytes swapped)"
+        )
     if point.register_not_available and exponent is None:
         return "register_not_available: only with a scale_register or decimals_register; say not_available"
     if point.writable and point.table in (Table.INPUT, Table.DISCRETE):

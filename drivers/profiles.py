@@ -39,7 +39,7 @@ FOLDERS_ENV: Final = "HEADGATE_PROFILES"  #: more folders of the operator's, par
 MAX_EXTENDS: Final = 8  #: a longer chain is a mistake, and nobody could read it
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_STAND_IN: Final[Mapping[str, Table]] = {"modbus": {"host": "192.0.2.1"}}  #: RFC 5737: nobody's address
+_NOBODY: Final[Table] = {"host": "192.0.2.1"}  #: RFC 5737
 _log = logging.getLogger(__name__)
 
 Text: TypeAlias = Annotated[
@@ -309,7 +309,7 @@ def parse(table: Mapping[str, Any], *, file: str = "", text: str = "") -> _File:
         path = f"point[{index}]"
 
         def wrong(what: str, path: str = path) -> ConfigFileError:
-            return ConfigFileError(what, file=file, line=line_of(text, path), path=f"{path}.name")
+            return ConfigFileError(what, file=file, line=line_of(text, f"{path}.name"), path=f"{path}.name")
 
         name = point.get("name")
         if not isinstance(name, str) or not name:
@@ -373,7 +373,7 @@ def blame(
 ) -> TableError:
     """What is wrong with a merged device, told where it stands: in the device's own table, or in the profile's file.
     `options` and `points` are the device's own, `merged` the points that `merge` made of them."""
-    where = _where(profile, merged, err)
+    where = where_of(profile, merged, err)
     option = re.match(r"options\.([^.\[]+)", err.path)
     if option is not None:
         return err if option[1] in options or where is None else _in(err, where)
@@ -402,8 +402,10 @@ def _key(merged: Sequence[Mapping[str, object]], err: TableError) -> str:
     return found[2] or (spoken[1] if spoken else "")
 
 
-def _where(profile: Profile, merged: Sequence[Mapping[str, object]], err: TableError) -> str | None:
+def where_of(profile: Profile, merged: Sequence[Mapping[str, object]], err: TableError) -> str | None:
     """File and line of what is wrong, where it stands in a profile's file."""
+    if err.path == "driver":
+        return _where_driver(profile)
     option = re.match(r"options\.([^.\[]+)", err.path)
     if option is not None:
         return _where_option(profile, err.path) if option[1] in profile.options else None
@@ -413,6 +415,17 @@ def _where(profile: Profile, merged: Sequence[Mapping[str, object]], err: TableE
     known = [point["name"] for point in profile.points]
     name = merged[int(found[1])].get("name")
     return _where_point(profile, known.index(name), _key(merged, err)) if name in known else None
+
+
+def _where_driver(profile: Profile) -> str:
+    for file in profile.files:
+        try:
+            text, own = _read(Path(file))
+        except ProfileError:  # it was there a moment ago
+            continue
+        if own.profile.driver is not None:
+            return f"{file}:{line_of(text, 'profile.driver') or 1}"
+    return profile.file
 
 
 def _where_option(profile: Profile, path: str) -> str:
@@ -442,7 +455,7 @@ def check(profile: Profile) -> None:
     """Would a device with this profile be accepted? Raises `ConfigError`, with the file and line of what is wrong."""
     if not profile.points:
         raise ProfileError(f"{profile.file}: point: it has no points; add at least one [[point]]")
-    options = {**_STAND_IN.get(profile.driver, {}), **profile.options}
+    options = {**_stand_in(profile), **profile.options}
     points = list(profile.points)
     try:
         registry.build(profile.name, profile.driver, options, points)
@@ -451,10 +464,17 @@ def check(profile: Profile) -> None:
         if err.path.startswith("options") and said.endswith("is required and missing"):
             _check_points(profile)  # what only the device's owner knows is missing: its address, its key
             return
-        where = _where(profile, points, TableError(said, err.path)) or profile.file
+        where = where_of(profile, points, TableError(said, err.path)) or profile.file
         raise ProfileError(f"{where}: {said}") from err
     except ConfigError as err:
         raise ProfileError(f"{profile.file}: {err}") from err
+
+
+def _stand_in(profile: Profile) -> Table:
+    """What only the owner of a device knows, where a profile cannot be judged without."""
+    if profile.driver != "modbus" or "host" in profile.options or "serial" in profile.options:
+        return {}
+    return {"serial": "/dev/null"} if profile.options.get("framing") in ("rtu", "ascii") else _NOBODY
 
 
 def _check_points(profile: Profile) -> None:

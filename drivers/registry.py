@@ -7,6 +7,7 @@ with the device, the point, the key, what was found and the nearest valid word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeAlias, TypeVar
@@ -106,7 +107,9 @@ def build(
         text = str(err)
         named = [i for i, point in enumerate(found) if text.startswith(f"point {point.name!r}")]
         between = " " if named or text.startswith("options") else ": "
-        raise TableError(f"{where}{between}{text}", f"point[{named[0]}]" if named else "options") from err
+        option = re.match(r"options(?:\.|: )(\w+)[.:]", text)
+        path = f"options.{option[1]}" if option else "options"
+        raise TableError(f"{where}{between}{text}", f"point[{named[0]}]" if named else path) from err
     except Exception as err:  # a stranger's code: told at the check, where the other devices go on
         raise TableError(
             f"{where}: driver {driver!r} cannot be made: {type(err).__name__}: {err}; tell its author",

@@ -853,6 +853,7 @@ def test_the_sample_shows_every_key_with_its_default_and_builds() -> None:
         ({"table": "coil", "encoding": "bcd"}, "one bit already"),
         ({"encoding": "i32", "scale_register": 1, "type": "f64"}, "lies within the value"),
         ({"encoding": "i32", "decimals_register": 1}, "decimals_register: lies within the value"),
+        ({"type": "str", "length": 4, "order": "ABBA"}, "order: text has no word order"),
         ({"decimals_register": 9}, "encoding: with decimals_register, say what the registers hold"),
         (
             {"encoding": "i16", "decimals_register": 9, "scale_register": 8},

@@ -204,7 +204,7 @@ def test_a_chain_too_long_to_read_is_refused(write: Write) -> None:
         (METER.replace("driver", "diver"), "m.toml:7: profile.diver: unknown key; did you mean 'driver'?"),
         (METER.replace('driver = "modbus"', ""), "profile.driver: is required and missing"),
         (METER.replace('source = "Acme M1 manual, revision 3, page 12"', ""), "profile.source: is required"),
-        (METER.replace('name = "power"', 'name = "voltage"'), "m.toml:20: point[1].name: 'voltage' is the name of"),
+        (METER.replace('name = "power"', 'name = "voltage"'), "m.toml:21: point[1].name: 'voltage' is the name of"),
         (METER.replace('name = "power"', ""), "point[1].name: is required and missing"),
         (METER.replace('name = "power"', "name = 3"), "point[1].name: is no name: 3"),
         (METER + "[points]\n", "m.toml:25: points: unknown key; did you mean 'point'?"),
@@ -387,6 +387,80 @@ def test_the_command_shows_one_with_source_and_points(folder: Path) -> None:
         "valid_min": -1999.0, "valid_max": 9999.0,
     }  # fmt: skip
     assert whole["notes"].startswith("Seen: the vendor's communications manual H175")
+
+
+BAD_RULES = [
+    ("valid_max = nan", "valid_max is nan", 14),
+    ("scale = 0.0", "scale is 0", 14),
+    ("one_of = [nan]", "one_of has a number", 14),
+    ("valid_min = 5.0\nvalid_max = 1.0", "no u16 value is between valid_min", 14),
+]
+
+
+@pytest.mark.parametrize(("rule", "text", "line"), BAD_RULES)
+def test_a_rule_that_no_value_can_pass_is_told_at_its_line_wherever_it_is_looked_at(
+    folder: Path, tmp_path: Path, rule: str, text: str, line: int
+) -> None:
+    file = folder / "m1.toml"
+    file.write_text(
+        '[profile]\nmodel = "M"\nmaker = "A"\nkind = "k"\nsource = "s"\ndriver = "modbus"\n\n'
+        f'[options]\nbaud = 9600\n\n[[point]]\nname = "v"\nregister = 1\n{rule}\n'
+    )
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        '[gateway]\ntenant = "t"\nname = "g"\n[uplink]\nkind = "none"\n'
+        '[[device]]\nname = "d"\nprofile = "m1"\noptions = { host = "192.0.2.1" }\n'
+    )
+    run = CliRunner()
+    for words in (
+        ["profiles", "--check", str(file)],
+        ["profiles", "m1"],
+        ["profiles"],
+        ["config", "check", str(config)],
+    ):
+        said = run.invoke(main, words)
+        assert said.exit_code != 0, said.output
+        assert text in said.output
+        assert f"{file}:{line}" in said.output, words
+        assert "Traceback" not in said.output
+
+
+@pytest.mark.parametrize(
+    ("replaced", "by", "line"),
+    [
+        ('driver = "modbus"', 'driver = "modbsu"', 6),
+        ("baud = 9600", "forbidden = { holding = [[5, 1]] }", 9),
+        ("baud = 9600", 'unit = 0\nserial = "/dev/ttyS0"', 9),
+        ('name = "v"', "name = 5", 12),
+        ("register = 1", "register = 65536", 13),
+    ],
+)
+def test_what_is_wrong_in_a_profile_is_told_with_its_line(
+    folder: Path, replaced: str, by: str, line: int
+) -> None:
+    good = (
+        '[profile]\nmodel = "M"\nmaker = "A"\nkind = "k"\nsource = "s"\ndriver = "modbus"\n\n'
+        '[options]\nbaud = 9600\n\n[[point]]\nname = "v"\nregister = 1\n'
+    )
+    file = folder / "m1.toml"
+    file.write_text(good.replace(replaced, by))
+    said = CliRunner().invoke(main, ["profiles", "--check", str(file)])
+    assert said.exit_code == 1
+    assert f"{file}:{line}" in said.output
+
+
+@pytest.mark.parametrize("options", ['framing = "ascii"', 'framing = "rtu"', 'serial = "/dev/ttyS0"'])
+def test_a_profile_of_a_device_that_is_always_on_a_serial_line_is_accepted_and_can_be_simulated(
+    folder: Path, options: str
+) -> None:
+    file = folder / "m1.toml"
+    file.write_text(
+        '[profile]\nmodel = "M"\nmaker = "A"\nkind = "k"\nsource = "s"\ndriver = "modbus"\n\n'
+        f'[options]\n{options}\n\n[[point]]\nname = "v"\nregister = 1\n'
+    )
+    for words in (["profiles", "--check", str(file)], ["simulate", "m1", "--port", "0", "--for", "0"]):
+        said = CliRunner().invoke(main, words)
+        assert said.exit_code == 0, said.output
 
 
 def test_the_command_shows_the_notes_of_a_profile_and_of_what_it_extends() -> None:
