@@ -8,7 +8,8 @@ Rules:
 - A turn that fails or is cancelled leaves the bus dirty: before the next one the line must have been silent, and what
   came until then is thrown away, or a late reply would be taken for the answer to another question.
 - A turn leaves the line's speed as it found it.
-- A port that is pulled out raises `DeviceUnreachable`; the next turn looks it up and opens it afresh.
+- A port that is pulled out raises `DeviceUnreachable`; the next turn looks it up and opens it afresh. Two that were
+  pulled out may change their kernel names: nobody joins a bus whose users name another port by now.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ class Bus(Generic[WireT]):
         open_wire: Callable[[], Awaitable[WireT]],
     ) -> None:
         self._key = key
-        self._port = port
+        self.name = port
         self.settings = settings
         self._open_wire = open_wire
         self._users = 0
@@ -279,7 +280,7 @@ class Bus(Generic[WireT]):
         must do. Raises `DeviceUnreachable`, `ConfigError`."""
         async with self._turn:
             if not self._users:
-                raise DeviceUnreachable(f"{self._port}: not connected")
+                raise DeviceUnreachable(f"{self.name}: not connected")
             if self._wire is None or self._wire.lost:
                 self._shut()
                 self._wire = await self._open_wire()
@@ -301,7 +302,8 @@ class Bus(Generic[WireT]):
     def leave(self) -> None:
         self._users -= 1
         if self._users <= 0:
-            _buses.pop(self._key, None)
+            if _buses.get(self._key) is self:
+                del _buses[self._key]
             if not self._turn.locked():
                 self._shut()
 
@@ -325,7 +327,19 @@ def join(port: str, settings: PortSettings) -> Bus[Wire]:
     async def open_wire() -> Wire:
         return Wire(port, settings)
 
-    return join_line(port, port_key(resolve(port)), settings, open_wire)
+    key = port_key(resolve(port))
+    at = (id(asyncio.get_running_loop()), key)
+    bus = _buses.get(at)
+    if bus is not None and not _leads_to(bus.name, key):
+        del _buses[at]  # replugged: what its users name is another port now, or none
+    return join_line(port, key, settings, open_wire)
+
+
+def _leads_to(port: str, key: str) -> bool:
+    try:
+        return port_key(resolve(port)) == key
+    except (DeviceUnreachable, ConfigError):
+        return False
 
 
 def join_line(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
 import time
+import tty
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from drivers import serial_port
+from drivers import serial_bus, serial_port
 from drivers.contract import ConfigError, DeviceUnreachable
 from drivers.instrument import SerialLineOptions, SerialLinePoint
 from drivers.modbus import ModbusDriver, ModbusOptions, ModbusPoint
@@ -419,3 +421,58 @@ def test_a_modbus_port_of_a_bad_or_doubtful_name_is_refused_when_the_configurati
         modbus_on("usb:0403:6001").line()
     # Asked for its key alone (a technician's `--port`), it is nobody's line; opening it tells why.
     assert SerialPort("usb:0403:6001", 9600, "N", 1).key == "usb:0403:6001"
+
+
+async def test_two_adapters_that_swapped_their_kernel_names_keep_their_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are pulled out and put back the other way round, and one device notices before the other."""
+    names: dict[str, str] = {}
+
+    def present() -> list[PortInfo]:
+        return [
+            PortInfo(device=str(tmp_path / node), vid=1, pid=1, serial=serial)
+            for serial, node in names.items()
+        ]
+
+    monkeypatch.setattr(serial_port, "present_ports", present)
+    monkeypatch.setattr(serial_bus, "port_key", lambda device: device)  # a pty's own name does not come back
+
+    def plugged(node: str) -> int:
+        master, slave = os.openpty()
+        tty.setraw(slave)
+        os.set_blocking(master, False)
+        (tmp_path / node).unlink(missing_ok=True)
+        (tmp_path / node).symlink_to(os.ttyname(slave))
+        os.close(slave)
+        return master
+
+    async def heard_by(bus: serial_bus.Bus[serial_bus.Wire], masters: dict[str, int]) -> str:
+        async with bus.turn(silence_s=0.01, at_most_s=0.1) as wire:
+            await wire.write(b"?")
+            for adapter, master in masters.items():
+                with contextlib.suppress(OSError):  # EIO: nobody has the other end open
+                    if os.read(master, 10):
+                        return adapter
+        return "nobody"
+
+    settings = PortSettings()
+    masters = {"A": plugged("ttyUSB0"), "B": plugged("ttyUSB1")}
+    names.update(A="ttyUSB0", B="ttyUSB1")
+    a, b = (serial_bus.join(f"usb:0001:0001:{adapter}", settings) for adapter in "AB")
+    assert [await heard_by(bus, masters) for bus in (a, b)] == ["A", "B"]
+    for master in masters.values():
+        os.close(master)
+    masters = {"B": plugged("ttyUSB0"), "A": plugged("ttyUSB1")}
+    names.update(A="ttyUSB1", B="ttyUSB0")
+    a.leave()
+    a = serial_bus.join("usb:0001:0001:A", settings)
+    assert await heard_by(a, masters) == "A"
+    b.leave()
+    b = serial_bus.join("usb:0001:0001:B", settings)
+    assert await heard_by(b, masters) == "B"
+    a.leave()
+    b.leave()
+    assert not serial_bus._buses
+    for master in masters.values():
+        os.close(master)
