@@ -5,8 +5,10 @@ the coding rules of EN 13757-3 as that documentation tells them."""
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from fractions import Fraction
@@ -561,6 +563,23 @@ async def test_what_cannot_be_told_apart_is_said_in_the_log_once(
     told = [record.getMessage() for record in caplog.records if record.name == "drivers.mbus"]
     assert len(told) == 1
     assert "record 1 (instantaneous energy); record 2 (instantaneous energy)" in told[0]
+
+
+def test_every_key_stands_in_the_sample_with_its_default() -> None:
+    sample = Path(mbus_link.__file__).with_name("mbus.toml").read_text()
+    shown = tomllib.loads("\n".join(re.findall(r"^# (\w+ = .*)$", sample, re.MULTILINE)))
+    options = {field.name: field.default for field in msgspec.structs.fields(MbusOptions)}
+    own = {field.name: field.default for field in msgspec.structs.fields(P)[-8:]}
+    assert next(iter(own)) == "quantity"
+    assert shown.pop("reply_timeout_ms") == round(MbusOptions(port="x").timeout_s * 1000)
+    assert shown.pop("record") == 1
+    # Unset, they are the present value and the total.
+    assert [shown.pop(key) for key in ("storage", "tariff", "subunit")] == [0, 0, 0]
+    for key in ("port", "address", "reply_timeout_ms"):  # the sample sets the first two
+        options.pop(key)
+    for key in ("quantity", "record", "storage", "tariff", "subunit"):
+        own.pop(key)
+    assert shown == options | own
 
 
 def test_two_on_one_line_with_other_settings_are_told_by_their_claims() -> None:

@@ -270,7 +270,7 @@ def _mbus_records(data: bytes) -> object:
     part = records(data)
     assert [record.number for record in part.records] == [*range(1, len(part.records) + 1)]
     trouble = Reason.FRAMING if part.broken else None
-    scan = MBUS._scan(MBUS_POINTS, Readout(1, "", data[0], part.records, trouble))
+    scan = MBUS._scan(MBUS_POINTS, Readout(1, "", (data + b"\0")[0], part.records, trouble))
     for index, point in enumerate(MBUS_POINTS):
         value, reason = scan.values[index], scan.reasons.get(index)
         if value is None:
