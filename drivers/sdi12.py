@@ -45,6 +45,7 @@ from drivers.serial_port import Parity, PortSettings, line_of, refuse_bad_name
 ADDRESSES: Final = (
     string.digits + string.ascii_lowercase + string.ascii_uppercase
 )  #: table 5; "0" is the factory's
+BUS_BAUD: Final = 1200  #: the only speed (7.0)
 _TRIES: Final = 3  #: 7.2
 _MARKING_S: Final = 0.00833  #: after the break, 8.33 ms at least (7.0)
 _SILENCE_S: Final = 0.1
@@ -75,6 +76,12 @@ class Sdi12Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return PortSettings(
             baud=self.baud, data_bits=self.data_bits, parity=self.parity, stop_bits=self.stop_bits
         )
+
+    @property
+    def sets_parity(self) -> bool:
+        """Is the parity bit ours to set? At another speed than the bus's own the adapter speaks for itself, in plain
+        characters."""
+        return self.data_bits == 8 and self.baud == BUS_BAUD
 
 
 class Sdi12Point(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,7 +191,7 @@ async def ask(wire: Wire, options: Sdi12Options, command: str, *, checked: bool 
 
 
 async def _ask_once(wire: Wire, options: Sdi12Options, address: str, command: str, *, checked: bool) -> str:
-    even = options.data_bits == 8
+    even = options.sets_parity
     wire.forget()
     if options.break_ms:
         await wire.send_break(options.break_ms / 1000)
@@ -198,6 +205,9 @@ async def _ask_once(wire: Wire, options: Sdi12Options, address: str, command: st
         return 0 if found is None else found[1]
 
     heard = await wire.receive(enough, first_s=options.reply_timeout_ms / 1000, between_s=0.2)
+    # CR with its parity bit: the characters came as they were sent, and the bit can be verified.
+    if even and heard[-2:-1] == b"\x8d" and any(byte.bit_count() % 2 for byte in heard):
+        raise _Damaged(f"a character of {heard[:40]!r} has the wrong parity", Reason.FRAMING)
     return _judged(heard, address, request, checked=checked)
 
 
@@ -239,6 +249,11 @@ class Sdi12Driver(Driver[Sdi12Options, Sdi12Point]):
         if 0 < options.break_ms < 12:
             raise ConfigError(
                 f"options.break_ms is {options.break_ms}; a sensor wakes at 12 and more (0: the adapter does it)"
+            )
+        if (options.data_bits == 7) == (options.parity == "none"):
+            raise ConfigError(
+                f'options: {options.data_bits} data bits with parity "{options.parity}"; SDI-12 has 7 and "even"; an '
+                'adapter that cannot do that, or speaks for itself, is given 8 and "none"'
             )
         if len(options.address) != 1 or options.address not in ADDRESSES:
             raise ConfigError(f"options.address is {options.address!r}; it is one of 0-9, a-z, A-Z")

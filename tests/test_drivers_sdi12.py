@@ -216,6 +216,29 @@ async def test_an_adapter_that_hears_itself_and_one_without_parity_are_read_alik
         assert (await read(driver)).values == [3.14]
 
 
+async def test_an_adapter_with_a_processor_is_sent_plain_characters(bus_of: Build) -> None:
+    bus = bus_of(Sdi12Sensor("1", "+3.14"))
+    bus.processor_baud = 9600
+    table = {"address": "1", "baud": 9600, "data_bits": 8, "parity": "none", "break_ms": 0}
+    async with opened(driver_of(bus, **table)) as driver:
+        assert driver.identity is not None
+        assert (await read(driver)).values == [3.14]
+
+
+async def test_a_digit_that_was_damaged_on_the_way_is_seen_by_its_parity(bus_of: Build) -> None:
+    """`+3.14` with one bit flipped is `+3.15`; there is no other check."""
+    bus = bus_of(Sdi12Sensor("0", "+3.14"))
+    bus.parity_bit = True
+    async with opened(
+        driver_of(bus, P(name="x", value=1), data_bits=8, parity="none", command="R0")
+    ) as driver:
+        bus.flip, bus.flips = 0x01, 2
+        assert (await read(driver)).values == [3.14]  # asked for again, and again
+        bus.flips = 3
+        scan = await read(driver)
+    assert (scan.values, scan.reasons) == ([None], {0: Reason.FRAMING})
+
+
 async def test_every_command_is_led_by_a_break_unless_the_adapter_makes_it(
     bus_of: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +367,8 @@ POINTS = (P(name="a", value=1), P(name="b", value=2))
         ({"port": ""}, {}, "options.port is empty"),
         ({"baud": 10}, {}, "options.baud is 10"),
         ({"break_ms": 5}, {}, "wakes at 12 and more"),
+        ({"data_bits": 8}, {}, "8 data bits with parity"),
+        ({"parity": "none"}, {}, "7 data bits with parity"),
         ({"address": "?"}, {}, "one of 0-9, a-z, A-Z"),
         ({"address": "10"}, {}, "one of 0-9, a-z, A-Z"),
         ({"command": "V"}, {}, "it is M, M1 to M9"),

@@ -180,12 +180,17 @@ class Sdi12Bus:
         self.commands: deque[str] = deque(maxlen=64)
         self.echo = False
         self.parity_bit = False
+        self.flip = 0  #: bits to be flipped in the last character before CR LF, once for each answer
+        self.flips = 0  #: how many answers are damaged so
+        self.processor_baud = 0  #: an adapter with a processor: its own speed, and plain characters only
 
     def _react(self, heard: bytes) -> bytes:
-        if self.peer.speed != 1200:
+        if self.peer.speed != (self.processor_baud or 1200):
             return b""
         if self.echo:
             self.peer.say(heard)
+        if self.processor_baud and any(byte > 0x7F for byte in heard):
+            return b""
         heard = bytes(byte & 0x7F for byte in heard)
         while (end := heard.find(b"!")) >= 0:
             command, heard = heard[:end].lstrip(b"\0").decode("ascii"), heard[end + 1 :]
@@ -208,4 +213,7 @@ class Sdi12Bus:
         data = (text + "\r\n").encode("ascii")
         if self.parity_bit:
             data = bytes(byte | (0x80 if byte.bit_count() % 2 else 0) for byte in data)
+        if self.flips:
+            self.flips -= 1
+            data = data[:-3] + bytes([data[-3] ^ self.flip]) + data[-2:]
         self.peer.say(data)
