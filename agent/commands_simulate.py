@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from drivers.contract import Value
     from drivers.modbus import ModbusDriver
 
+_LAST_PORT: Final = 65535
 _CAN_BE_SERVED: Final = ("modbus",)
 _WITHOUT: Final = {
     "simulator": "it needs no hardware anyway",
@@ -31,7 +33,13 @@ _WITHOUT: Final = {
 @click.command()
 @click.argument("what", metavar="PROFILE|CONFIG")
 @click.option("--device", "only", multiple=True, help="Of a CONFIG: this device only (may be repeated).")
-@click.option("--port", default=5020, show_default=True, help="The first TCP port; 0: any that is free.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, _LAST_PORT),
+    default=5020,
+    show_default=True,
+    help="The first TCP port; 0: any that is free.",
+)
 @click.option("--bind", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--serial",
@@ -313,8 +321,11 @@ async def _run(
 ) -> None:
     import signal
 
-    from agent.simulate import serve
+    from agent.simulate import CannotSimulate, serve
 
+    if out is not None and out.exists() and out.samefile(file):
+        raise CannotSimulate(f"--config-out {out}: that is the configuration itself; give another file")
+    logging.getLogger("pymodbus").addHandler(logging.NullHandler())  # what fails is told once, by us
     if not _is_loopback(bind):
         click.echo(
             f"headgate: warning: Modbus has no authentication: whoever reaches {bind} can read and write here",
@@ -334,6 +345,10 @@ async def _run(
         where: list[Listening] = []
         next_port = port
         for laid in lines:
+            if next_port > _LAST_PORT:
+                raise CannotSimulate(
+                    f"--port {port}: {len(lines)} lines need as many ports; begin lower, or give 0"
+                )
             where.append(
                 await stack.enter_async_context(
                     serve(laid.line, bind=bind, port=next_port, link=link, on_write=written)

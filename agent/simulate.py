@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import msgspec
 
 from drivers import codec
-from drivers.contract import Value, ValueType, engineering
+from drivers.contract import Value, ValueType, boot_ns, engineering
 from drivers.modbus import ModbusPoint
 from drivers.modbus_plan import Table
 from drivers.profiles import Detect, Mark
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _BRIDGED: Final = (
     32  #: registers between two points that are served too: the driver reads along what is this narrow
 )
+_ROUNDED: Final = 1e-6  #: as far a float of 32 bits may be from what was asked for, of its size
 _FRESH_S: Final = 0.1  #: values are computed anew after this
 _SCALE_EXPONENT: Final = -2  #: what a scale register holds, where it can be chosen
 _QUIET: Final = (
@@ -68,6 +69,9 @@ _USUAL: Final[Mapping[str, tuple[float, float]]] = {
     "m/s": (0.8, 1.2), "l/min": (8.0, 12.0), "rpm": (1400.0, 1500.0), "s": (5.0, 15.0), "GJ/h": (0.1, 0.3),
 }  # fmt: skip
 _COUNTED: Final = ("Wh", "kWh", "MWh", "varh", "kvarh", "VAh", "kVAh", "Ah", "m3", "l", "L", "GJ")
+
+
+_PTYS: Final = "/dev/pts/"
 
 
 class CannotSimulate(Exception):
@@ -144,13 +148,17 @@ def _is_scaled(point: ModbusPoint) -> bool:
 
 def raw_of(point: ModbusPoint, shown: float) -> int | float | bool:
     """The raw value nearest to what a person is to see; never one that means "not available"."""
+    raw = _nearest(point, shown)
+    return raw + 1 if not isinstance(raw, float) and raw in point.not_available else raw
+
+
+def _nearest(point: ModbusPoint, shown: float) -> int | float | bool:
     if point.type is ValueType.BOOL:
         return round(shown) != 0
     raw = (shown - point.offset) / point.scale if point.scale else shown
     if point.type in (ValueType.F32, ValueType.F64):
         return raw
-    whole = round(raw)
-    return whole + 1 if whole in point.not_available else whole
+    return round(raw)
 
 
 def words_of(point: ModbusPoint, value: Value, order: str) -> dict[int, tuple[int, int]]:
@@ -220,8 +228,9 @@ def _date(encoding: str, unix_s: float) -> bytes:
 class Tables:
     """The registers and bits of one unit: those of its devices' points, and the narrow holes between them."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, clock_ns: Callable[[], int] = boot_ns) -> None:
         self._seed = seed
+        self._clock_ns = clock_ns
         self._devices: list[tuple[Simulated, SimulatorDriver]] = []
         self._set: dict[tuple[str, str], Value] = {}
         self._fixed: dict[tuple[Table, int], int] = {}
@@ -232,7 +241,7 @@ class Tables:
     def add(self, device: Simulated) -> None:
         """Raises `CannotSimulate` for a point whose registers cannot be made."""
         waves = [wave_of(point) for point in device.points if point.type is not ValueType.STR]
-        driver = SimulatorDriver(device.name, SimulatorOptions(seed=self._seed), waves)
+        driver = SimulatorDriver(device.name, SimulatorOptions(seed=self._seed), waves, self._clock_ns)
         self._devices.append((device, driver))
         for mark in device.detect.mark:
             self._mark(mark, device.order)
@@ -240,8 +249,10 @@ class Tables:
     def set(self, device: str, point: ModbusPoint, shown: Value, order: str) -> None:
         """From now on the point shows this. Raises `CannotSimulate`."""
         try:
-            raw = shown if isinstance(shown, str) else raw_of(point, float(shown))
-            words_of(point, raw, point.order or order)
+            raw = shown if isinstance(shown, str) else _nearest(point, float(shown))
+            held = words_of(point, raw, point.order or order)
+            if not isinstance(shown, bool | str):
+                _exactly(point, float(shown), held, point.order or order)
         except (ValueError, OverflowError) as err:
             raise CannotSimulate(f"--set {point.name}: {err}") from err
         self._set[device, point.name] = raw
@@ -268,6 +279,10 @@ class Tables:
     def written(self, table: Table, address: int, words: Sequence[int]) -> None:
         """The master wrote them: they stay."""
         self._written.update({(table, address + i): int(word) for i, word in enumerate(words)})
+        self.changed()
+
+    def changed(self) -> None:
+        """What was computed is no longer what is."""
         self._computed_s = -math.inf
 
     def bridge(self) -> None:
@@ -311,6 +326,13 @@ def _moving(point: ModbusPoint, shown: Value | None) -> Value:
     return raw_of(point, float(shown) if isinstance(shown, int | float) else 0.0)
 
 
+def _exactly(point: ModbusPoint, shown: float, held: Mapping[int, tuple[int, int]], order: str) -> None:
+    """Raises `ValueError` where a person would see something else than he asked for."""
+    told = _decoded(point, {at: word for at, (word, _) in held.items()}, order)
+    if isinstance(told, int | float) and not math.isclose(told, shown, rel_tol=_ROUNDED, abs_tol=_ROUNDED):
+        raise ValueError(f"its registers cannot hold {shown:.12g}; the nearest is {told:.12g}")
+
+
 async def shown_now(tables: Tables, device: Simulated) -> dict[str, str]:
     """What each point shows, for a person."""
     await tables.refresh()
@@ -324,7 +346,10 @@ async def shown_now(tables: Tables, device: Simulated) -> dict[str, str]:
 
 
 def _read_back(tables: Tables, point: ModbusPoint, order: str) -> Value | None:
-    cells = tables.cells[point.table]
+    return _decoded(point, tables.cells[point.table], order)
+
+
+def _decoded(point: ModbusPoint, cells: Mapping[int, int], order: str) -> Value | None:
     if point.table.of_bits:
         return bool(cells[point.register])
     field = codec.Field(
@@ -541,15 +566,20 @@ async def _pty_pair(link: Path | None) -> AsyncIterator[tuple[str, str]]:
     name = os.ttyname(ends[0][1])
     try:
         if link is not None:
-            if link.is_symlink():
-                link.unlink()
             try:
+                if link.is_symlink():
+                    if link.exists() and not str(link.readlink()).startswith(_PTYS):
+                        raise CannotSimulate(
+                            f"--serial {link}: leads to {link.readlink()}, which is not a simulation's; give "
+                            "another name"
+                        )
+                    link.unlink()
                 link.symlink_to(name)
             except OSError as err:
                 raise CannotSimulate(f"--serial {link}: cannot be made: {err.strerror}") from err
         yield str(link or name), os.ttyname(ends[1][1])
     finally:
-        if link is not None and link.is_symlink():
+        if link is not None and link.is_symlink() and str(link.readlink()) == name:
             link.unlink()
         for master, slave in ends:
             loop.remove_reader(master)

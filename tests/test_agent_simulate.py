@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -357,6 +358,9 @@ def shown(config: Path, folder: Path, device: str, point: str) -> object:
         (["eastron-sdm120", "--set", "voltage"], "say POINT=VALUE"),
         (["eastron-sdm120", "--set", "voltage=high"], "'high' is not a number"),
         (["abb-b23", "--set", "voltage_l1=1e12"], "does not fit u32"),
+        (["huawei-sun2000", "--set", "power=1.5"], "cannot hold 1.5; the nearest is 2"),
+        (["omron-e5cc", "--set", "process_value=23.456"], "cannot hold 23.456; the nearest is 23.46"),
+        (["abb-b23", "--port", "70000"], "'--port': 70000 is not in the range"),
         (["abb-b23", "--set", "voltage_l1=nan"], "--set voltage_l1"),
         (["eastron-sdm120", "--device", "x"], "are of a CONFIG"),
         (["eastron-sdm120", "--framing", "rtu"], "need --serial"),
@@ -369,6 +373,101 @@ def test_what_cannot_be_served_is_told_with_the_remedy(words: list[str], text: s
     assert said.exit_code == 2, said.output
     assert text in said.output
     assert "Traceback" not in said.output
+
+
+async def test_a_value_that_means_not_available_can_be_set_too() -> None:
+    with simulating("abb-b23", "--port", "0", "--set", "power=21474836.47") as (_, ready):
+        scan = await read(first(ready)["options"], profile="abb-b23")
+        values = {point.name: value for point, value in zip(scan.points, scan.values, strict=True)}
+        assert values["power"] == 0x7FFFFFFF
+
+
+def test_the_name_of_a_real_port_is_not_taken_from_it(tmp_path: Path) -> None:
+    real, link = tmp_path / "ttyUSB0", tmp_path / "usb-FTDI"
+    real.touch()
+    link.symlink_to(real)
+    said = CliRunner().invoke(main, ["simulate", "abb-b23", "--serial", str(link), "--for", "0"])
+    assert said.exit_code == 2
+    assert "not a simulation's; give another name" in said.output
+    assert link.resolve() == real
+
+
+def test_a_configuration_is_never_written_over_and_needs_as_many_ports_as_lines(tmp_path: Path) -> None:
+    config = tmp_path / "plant.toml"
+    config.write_text(textwrap.dedent(PLANT) + '[[device]]\nname = "b"\nprofile = "abb-b23"\n'
+                      'options = { host = "192.0.2.8" }\n')  # fmt: skip
+    before = config.read_text()
+    same = tmp_path / "." / "plant.toml"
+    said = CliRunner().invoke(
+        main, ["simulate", str(config), "--config-out", str(same), "--port", "0", "--for", "0"]
+    )
+    assert (said.exit_code, config.read_text()) == (2, before)
+    assert "that is the configuration itself" in said.output
+    said = CliRunner().invoke(main, ["simulate", str(config), "--port", "65535", "--for", "0"])
+    assert said.exit_code == 2
+    assert "need as many ports" in said.output
+
+
+def test_a_port_in_use_is_told_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = subprocess.run(
+            [str(BIN / "headgate"), "simulate", "abb-b23", "--port", port, "--for", "0"],
+            capture_output=True, text=True, check=False, timeout=DEADLINE_S,
+        )  # fmt: skip
+    assert said.returncode == 2
+    assert len(said.stderr.splitlines()) == 1, said.stderr
+    assert "it is in use" in said.stderr
+
+
+_STRUCT = {
+    "i16": "h",
+    "u16": "H",
+    "i32": "i",
+    "u32": "I",
+    "i64": "q",
+    "u64": "Q",
+    "f32": "f",
+    "f64": "d",
+    "u8": "xB",
+}
+
+
+def by_hand(point: ModbusPoint, cells: dict[int, int], order: str) -> float:
+    """What the registers say, by the rules of IEEE 754, two's complement and the order of words alone."""
+    code = _STRUCT[str(point.encoding or point.type)]
+    count = max(1, struct.calcsize(">" + code) // 2)
+    words = [cells[point.register + i] for i in range(count)]
+    if (point.order or order) == "CDAB":
+        words.reverse()
+    value = struct.unpack(">" + code, struct.pack(f">{count}H", *words))[0]
+    if point.decimals_register is not None:
+        value /= 10 ** cells[point.decimals_register]
+    return float(value * point.scale + point.offset)
+
+
+@pytest.mark.parametrize("name", OURS)
+async def test_an_hour_of_every_shipped_profile_lies_within_its_limits_as_bytes_read_by_hand(
+    name: str,
+) -> None:
+    profile = profiles.load(name)
+    points = typed(*profiles.merge(profile, {}, [])[1])
+    order = str(profile.options.get("order", "ABCD"))
+    device = Simulated(name=name, unit=1, points=points, order=order, detect=profile.detect)
+    now_ns = 0
+    tables = Tables(clock_ns=lambda: now_ns)
+    tables.add(device)
+    for second in range(0, 3600, 7):
+        now_ns = second * 1_000_000_000
+        tables.changed()
+        await tables.refresh()
+        for point in points:
+            if point.type in ("str", "bool") or point.bit is not None:
+                continue
+            shown = by_hand(point, tables.cells[point.table], order)
+            assert point.valid_min is None or shown >= point.valid_min - 1e-9, (point.name, second, shown)
+            assert point.valid_max is None or shown <= point.valid_max + 1e-9, (point.name, second, shown)
+            assert point.one_of is None or shown in point.one_of, (point.name, second, shown)
 
 
 def test_a_configuration_with_nothing_to_simulate_says_what_can_be(tmp_path: Path) -> None:
