@@ -8,8 +8,8 @@ two that a configuration spells out (text by pattern or column, binary by layout
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from typing import Final, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -39,6 +39,13 @@ MAX_UNSTARTED_BYTES: Final = 1_024  #: without a start every byte may begin a fr
 
 class SerialLineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[device.options]` of a serial instrument; every key is explained in serial_line.toml."""
+
+    #: Keys and values of earlier versions, and what says it now; told with the error that refuses them.
+    formerly: ClassVar[Mapping[str, str]] = {
+        "nmea_check": 'protocol = "nmea0183" (its points have sentence and column)',
+        "framing = text": 'framing = "delimiter" (the default: leave it out)',
+        "framing = binary": 'framing = "fixed" with content = "binary"',
+    }
 
     port: str
     baud: int = 9600

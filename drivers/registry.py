@@ -125,4 +125,7 @@ def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path
             what = f"unknown key {err.path!r}{err.text.removeprefix('unknown key')}"
         else:
             what = ": ".join(filter(None, (err.path, err.text)))
+        formerly: Mapping[str, str] = getattr(to, "formerly", {})
+        now = formerly.get(err.path) or formerly.get(f"{err.path} = {table.get(err.path)}")
+        what += f"; it is now {now}" if now else ""
         raise TableError(f"{where}: {what}", f"{path}.{err.path}".rstrip(".")) from err

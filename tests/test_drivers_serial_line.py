@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drivers import conformance, serial_line
+from drivers import conformance, registry, serial_line
 from drivers.contract import ConfigError, DeviceUnreachable, Reason, Scan, Value, ValueType, boot_ns
 from drivers.fields import fit, parse
 from drivers.instrument import SerialLineOptions, SerialLinePoint
@@ -943,6 +943,24 @@ def test_what_can_never_work_is_refused_with_the_place_and_the_remedy(
             msgspec.convert({"port": "/dev/null", **options}, SerialLineOptions),
             [msgspec.convert({"name": "p", **point}, SerialLinePoint)],
         )
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        (
+            {"framing": "binary"},
+            'options.*framing.*\'binary\'.*; it is now framing = "fixed" with content = "binary"',
+        ),
+        ({"framing": "text"}, 'options.*framing.*it is now framing = "delimiter"'),
+        ({"nmea_check": True}, 'options.*nmea_check.*it is now protocol = "nmea0183"'),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_the_one_that_says_it_now(
+    old: dict[str, object], now: str
+) -> None:
+    with pytest.raises(ConfigError, match=now):
+        registry.build("mast", "serial_line", {"port": "/dev/null", **old}, [{"name": "p", "pattern": "(x)"}])
 
 
 def test_a_device_without_points_is_refused() -> None:
