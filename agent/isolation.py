@@ -140,6 +140,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     text: str
     reason: Reason = Reason.DRIVER
     point: str = ""
+    retry_within_s: float | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, tag="memory", array_like=True):
@@ -160,7 +161,7 @@ def failure_of(call: int, err: BaseException) -> Failed:
     """An error of the driver, as it crosses."""
     match err:
         case DeviceUnreachable():
-            return Failed(call, "unreachable", str(err), err.reason)
+            return Failed(call, "unreachable", str(err), err.reason, retry_within_s=err.retry_within_s)
         case PointRefused():
             return Failed(call, "refused", str(err).removeprefix(f"{err.point}: "), point=err.point)
         case DriverError():
@@ -172,7 +173,7 @@ def failure_of(call: int, err: BaseException) -> Failed:
 def _error_of(failed: Failed) -> Exception:
     match failed.kind:
         case "unreachable":
-            return DeviceUnreachable(failed.text, failed.reason)
+            return DeviceUnreachable(failed.text, failed.reason, retry_within_s=failed.retry_within_s)
         case "refused":
             return PointRefused(failed.point, failed.text)
         case "config":

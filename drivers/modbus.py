@@ -301,17 +301,21 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
         if reading.answers or not failures:
             return
         reasons = {_reason_of(failure) for failure in failures}
+        again_s = line.left_alone_s(self.options.unit)
         if reasons <= {Reason.TIMEOUT, Reason.DISCONNECTED}:
             # Next time begin elsewhere: some devices are silent about addresses they do not have.
             self._turn += len(failures)
             raise DeviceUnreachable(
-                f"{line.address}: unit {self.options.unit} does not answer", failures[-1].reason
+                f"{line.address}: unit {self.options.unit} does not answer",
+                failures[-1].reason,
+                retry_within_s=again_s,
             )
         if reasons == {Reason.BEHIND_GATEWAY}:
             raise DeviceUnreachable(
                 f"{line.address}: the gateway does not reach unit {self.options.unit} "
                 f"({_words(failures[-1].code)})",
                 Reason.BEHIND_GATEWAY,
+                retry_within_s=again_s,
             )
 
     # ------------------------------------------------------------------------------------ what is refused

@@ -283,8 +283,16 @@ class _Owner:
         }.get(breaker.reason, f"gives no proper answer ({breaker.reason.name.lower()})")
         again_s = max(0.0, breaker.again_s - now_s)
         return DeviceUnreachable(
-            f"{self.address}: unit {unit} {why}; asked again in {again_s:.1f} s", breaker.reason
+            f"{self.address}: unit {unit} {why}; asked again in {again_s:.1f} s",
+            breaker.reason,
+            retry_within_s=again_s,
         )
+
+    def left_alone_s(self, unit: int) -> float | None:
+        breaker = self._breakers.get(unit)
+        if breaker is None or not breaker.is_open:
+            return None
+        return max(0.0, breaker.again_s - self._loop.time())
 
     def _abandon(self) -> None:
         """Nobody waits for the job whose turn it is."""
@@ -525,6 +533,10 @@ class Line:
     def cost(self) -> Cost:
         """What a request and a register cost here, as measured."""
         return self._owner.meter.cost
+
+    def left_alone_s(self, unit: int) -> float | None:
+        """For how long yet nobody asks this unit, where it failed too often."""
+        return self._owner.left_alone_s(unit)
 
     def release(self, user: str) -> None:
         """One user less; the last closes it."""

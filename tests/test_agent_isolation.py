@@ -41,7 +41,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stand_in(driver: str, options: dict[str, object], points: tuple[str, ...] = ("a", "b")) -> object:
-    tables = [{"name": name} for name in points]
+    tables = [{"name": name, "register": 1} if driver == "modbus" else {"name": name} for name in points]
     return isolated(build("m", driver, options, tables), driver, options, tables)
 
 
@@ -170,6 +170,21 @@ async def test_an_exception_crosses_with_its_kind(installed: Path, tmp_path: Pat
         (tmp_path / "now").touch()
         with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
             await driver.read(driver.points)
+
+
+async def test_an_unreachable_device_of_another_process_says_too_when_it_is_tried_again(
+    installed: Path,
+) -> None:
+    driver = stand_in("modbus", {"serial": "/dev/headgate-no-such-port", "parity": "none"})
+    assert isinstance(driver, IsolatedDriver)
+    try:
+        with pytest.raises(DeviceUnreachable, match="no-such-port") as caught:
+            async with asyncio.timeout(30):
+                await driver.connect()
+        assert caught.value.reason is Reason.DISCONNECTED
+        assert caught.value.retry_within_s is not None
+    finally:
+        await driver.close()
 
 
 async def test_what_a_driver_prints_never_reaches_the_conversation(installed: Path, tmp_path: Path) -> None:

@@ -247,6 +247,26 @@ async def test_a_silent_device_is_unreachable_by_timeout() -> None:
         assert peer.requests == 2  # after two silences the rest is not tried
 
 
+async def test_a_device_that_is_back_is_read_at_the_moment_its_driver_named() -> None:
+    """A poller's own backoff on top of the unit's would be twice the wait."""
+    async with ScriptedTcp() as peer, connected(registers(0), port=peer.port, timeout_ms=50) as driver:
+        peer.script = ["none"] * 99
+
+        async def told_to_retry() -> float | None:
+            with pytest.raises(DeviceUnreachable) as failed:
+                await driver.read(driver.points)
+            return failed.value.retry_within_s
+
+        hints = [await told_to_retry() for _ in range(4)]
+        assert hints[:2] == [None, None]  # a miss or two: the poller decides
+        assert hints[2] is not None  # it is left alone from here on,
+        assert hints[3] is not None  # and asking meanwhile tells what is left of it
+        assert 0 < hints[3] <= hints[2] <= 1.0
+        peer.script.clear()
+        await asyncio.sleep(hints[3])
+        assert told(await driver.read(driver.points)) == {"r0": 0}
+
+
 async def test_a_connection_that_may_be_half_open_is_made_anew() -> None:
     async with ScriptedTcp() as peer, connected(registers(0), port=peer.port, timeout_ms=100) as driver:
         peer.script = ["none"]

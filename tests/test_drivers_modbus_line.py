@@ -655,6 +655,9 @@ async def test_a_dead_unit_costs_nothing_until_its_probe_and_is_back_with_its_fi
             ) as failed:
                 await line.exchange([request])
             assert failed.value.reason is Reason.TIMEOUT
+            again_s = failed.value.retry_within_s  # so that whoever polls it comes in time
+            assert again_s is not None
+            assert again_s == pytest.approx(line.left_alone_s(9), abs=0.05)
             assert loop.time() - begun_s < 0.05
         assert peer.requests == 3
         other = reading(8, 5, timeout_s=1.0, latest_s=1.0)
