@@ -232,19 +232,19 @@ def _read_model(
     total = _HEAD + length
     words: list[int] = []
     sizes = list(READS)
-    counts = _counts(known.group)
+    counted = _is_counted(known.group)
     places: list[_Place] = []  # in the order of their offsets
-    laid = 0  #: how many words `places` goes by
+    fixed = sum(point.size for point in known.group.points)
     while len(words) < total:
         begin = len(words)
         end = min(total, begin + sizes[0])
-        if end < total:
+        if not words and counted and fixed < end:
+            end = fixed  # how often its groups repeat is known first
+        elif end < total:
             # What is known of the layout so far (counts may stand in what was read) tells where a value ends.
-            new = places[bisect_left(places, laid, key=_offset) : bisect_left(places, begin, key=_offset)]
-            if not places or any(place.point.name in counts for place in new):
+            if not places or begin <= fixed:
                 so_far = Model(number, at, length, known=True, words=(*words, *[0] * (total - begin)))
                 places = _places(so_far, known)
-            laid = begin
             last = bisect_left(places, end, key=_offset) - 1
             if (
                 last >= 0
@@ -263,10 +263,9 @@ def _read_model(
     return tuple(words)
 
 
-def _counts(group: _Group) -> frozenset[str]:
-    """The points that say how often a group repeats."""
-    own = {group.count} if isinstance(group.count, str) else set[str]()
-    return frozenset(own.union(*(_counts(inner) for inner in group.groups)))
+def _is_counted(group: _Group) -> bool:
+    """Does a point say how often a group of it repeats? (In all published models such a point is before all groups.)"""
+    return any(isinstance(inner.count, str) or _is_counted(inner) for inner in group.groups)
 
 
 def _sound(words: Words | None, count: int) -> tuple[int, ...] | None:

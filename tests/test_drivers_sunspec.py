@@ -220,6 +220,30 @@ def test_a_model_that_claims_all_registers_there_are_is_walked_and_laid_out_in_a
     assert sunspec.layout(device, {model}).points
 
 
+@pytest.mark.parametrize(
+    ("model", "count", "value"),
+    [
+        (601, 3, range(116, 124)),  # the text Id of the fifth tracker: 26 fixed registers, 22 for each
+        (709, 3, range(119, 121)),  # Tms of the third curve, which is there because NCrvSet says 3
+    ],
+)
+@pytest.mark.parametrize("most", [125, 60, 119])
+def test_no_request_of_a_walk_splits_a_value(model: int, count: int, value: range, most: int) -> None:
+    registers = Registers(0, [*MARKER, *common(), model, 300, *[count] * 300, *END])
+    whole = registers.answer
+
+    def short(register: int, count: int) -> list[int] | None:
+        return whole(register, count) if count <= most else None
+
+    registers.answer = short  # type: ignore[method-assign]
+    device = registers.walk()
+    assert device is not None
+    assert len(device.models[-1].words) == 302
+    begin = device.models[-1].register
+    ends = {at + many - begin for at, many in registers.asked if many <= most}
+    assert not ends & set(range(value.start + 1, value.stop))
+
+
 def test_a_model_that_ends_early_keeps_the_points_whose_scale_factor_it_still_has() -> None:
     short = [103, 5, *INVERTER[2:7]]  # A, AphA, AphB, AphC, A_SF, and no more
     laid = sunspec.layout(walked([*MARKER, *common(), *short, *END]))
