@@ -113,11 +113,9 @@ async def _probe(
                 await session.search(searched, wanted, finest_step=1 if thorough else 4 if wanted else 8)
         except asyncio.CancelledError:
             session.progress_clear()
-            task = asyncio.current_task()
-            if task is None or not session.has_any:
+            if not session.has_any:
                 raise
-            task.uncancel()
-            session.stopped = True
+            session.stop()
         if not session.answers:
             raise session.nobody()
         if not session.has_any:
@@ -126,7 +124,7 @@ async def _probe(
                 + ("; try --table input or other --registers" if ranges else "")
             )
         code = await _tell(session, wanted, seconds, everything=everything, as_json=as_json)
-    return technician.STOPPED if session.stopped and code == technician.OK and not wanted else code
+    return technician.STOPPED if session.stopped else code
 
 
 async def _tell(
@@ -199,6 +197,13 @@ class _Session:
     @property
     def has_any(self) -> bool:
         return any(self.words.values())
+
+    def stop(self) -> None:
+        """Ctrl-C came: it ends what is under way, and what was found is shown."""
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
+        self.stopped = True
 
     def progress_clear(self) -> None:
         if self._progress is not None:
@@ -280,6 +285,8 @@ class _Session:
             progress.at(search.left() * per_ask_s, f"{have} registers, at {ask.table} {ask.first}")
             if wanted and not search.following and await self._is_found(wanted, judged):
                 break
+            if self.stopped:
+                break
         progress.clear()
 
     async def _is_found(self, wanted: dict[str, Expected], judged: dict[Table, set[int]]) -> bool:
@@ -322,26 +329,33 @@ class _Session:
     # ------------------------------------------------------------------------------- watching
 
     async def snapshots(self, seconds: float, words: Snapshot | None = None) -> list[Snapshot]:
-        """What the registers (all that were found, unless said) hold, again and again."""
+        """What the registers (all that were found, unless said) hold, again and again; Ctrl-C: enough."""
         words = words or self.words
         told: list[Snapshot] = []
         loop = asyncio.get_running_loop()
         end_s = loop.time() + seconds
-        while True:
-            now: dict[Table, dict[int, int]] = {}
-            for table, held in words.items():
-                for first, run in guess.runs(held):
-                    longest = MAX_BITS if table.of_bits else MAX_REGISTERS
-                    for at in range(first, first + len(run), longest):
-                        count = min(longest, first + len(run) - at)
-                        came = await self.ask(hunt.Ask(table, at, count))
-                        if not isinstance(came, hunt.Outcome):
-                            now.setdefault(table, {}).update(zip(range(at, at + count), came, strict=True))
-            if now:
-                told.append(now)
-            if loop.time() + _PAUSE_S >= end_s:
-                return told
-            await asyncio.sleep(_PAUSE_S)
+        try:
+            while not self.stopped:
+                if now := await self._look(words):
+                    told.append(now)
+                if loop.time() + _PAUSE_S >= end_s:
+                    break
+                await asyncio.sleep(_PAUSE_S)
+        except asyncio.CancelledError:
+            self.stop()
+        return told
+
+    async def _look(self, words: Snapshot) -> dict[Table, dict[int, int]]:
+        now: dict[Table, dict[int, int]] = {}
+        for table, held in words.items():
+            for first, run in guess.runs(held):
+                longest = MAX_BITS if table.of_bits else MAX_REGISTERS
+                for at in range(first, first + len(run), longest):
+                    count = min(longest, first + len(run) - at)
+                    came = await self.ask(hunt.Ask(table, at, count))
+                    if not isinstance(came, hunt.Outcome):
+                        now.setdefault(table, {}).update(zip(range(at, at + count), came, strict=True))
+        return now
 
     async def observe(
         self, wanted: dict[str, Expected], seconds: float | None
@@ -410,13 +424,15 @@ async def _ask_again(
     """As long as a value stands in several places alike, ask what the display shows now: the places that follow it
     are fewer every time."""
     for name in wanted:
-        while found[name] and not guess.is_sure(found[name]):
+        while found[name] and not guess.is_sure(found[name]) and not session.stopped:
             close = sum(found[name][0].score - one.score < 0.5 for one in found[name])
             question = f"{name}: {close} places may show it. What does the display show now? (Enter: enough)"
-            answer = await asyncio.to_thread(
-                click.prompt, question, default="", show_default=False, err=True, prompt_suffix=" "
-            )
-            if not answer.strip():
+            try:
+                answer = await technician.answer_to(question)
+            except asyncio.CancelledError:
+                session.stop()
+                return found
+            if not answer:
                 break
             try:
                 now = guess.parse_expected(answer)
@@ -424,6 +440,8 @@ async def _ask_again(
                 technician.note(str(err))
                 continue
             snapshots = await session.snapshots(0.5, _around(found[name][:200], session.words))
+            if not snapshots:
+                return found
             observations[name].append(Observation(msgspec.structs.replace(now, name=name), snapshots))
             found = guess.match_all(observations)
     return found

@@ -27,7 +27,7 @@ def read(way: Way, device: str, points: tuple[str, ...], *, raw: bool, as_json: 
 
 
 async def _read(way: Way, device: str, points: tuple[str, ...], *, raw: bool, as_json: bool) -> int:
-    async with way.field() as field:
+    async with way.field(configured=True) as field:
         look = chosen(await field.read(device), points)
     if as_json:
         technician.say(technician.as_json(told(look)))

@@ -756,6 +756,9 @@ async def _serial(search: Search, ports: Sequence[str], seconds: float, *, ask: 
                 one = await survey_port(port, seconds, ask=ask, tell=search.tell)
             except DriverError as err:
                 search.failed += 1
+                if ports:
+                    search.note(f"{name}: {err}")
+                    continue
                 one = Found(driver="", address=port.stable, description=f"{name}: {err}", likelihood=0.0)
         search.take(FoundDevice(what=one.description, where=where, found=one))
 

@@ -64,7 +64,7 @@ async def _watch(
     chosen = devices or _configured(way)
     live = not plain and not as_json and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     screen: _Screen = _Live() if live else _JsonLines() if as_json else _Plain()
-    async with way.field() as field:
+    async with way.field(configured=True) as field:
         counted = asyncio.Semaphore(0)
         tasks = [
             asyncio.create_task(_follow(field, name, screen, counted), name=f"watch[{name}]")
@@ -95,6 +95,8 @@ def _configured(way: Way) -> tuple[str, ...]:
     """Every device that is read. Raises `Cannot`."""
     from agent.configuration import check
 
+    if not way.is_there():
+        raise way.missing()
     checked = check(way.file)
     if checked.config is None:
         raise Cannot("; ".join(str(error) for error in checked.errors))

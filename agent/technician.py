@@ -7,13 +7,16 @@ Rules:
    with its remedy, never a traceback.
 2. Eighty columns, no colour needed: colour only repeats what stands there in words, and is left out with NO_COLOR, or
    where the output is no terminal.
-3. With `--json` stdout holds one JSON document (`watch`: one a line) and nothing else; progress goes to stderr.
+3. With `--json` stdout holds one JSON document (`watch`: one a line) and nothing else; progress goes to stderr. What
+   fails is a document too: `{"error": text, "exit": status}`.
+4. Ctrl-C ends a command at every stage, at a question too; a terminal of any encoding shows what it can.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import os
 import shlex
@@ -73,13 +76,34 @@ class Way(msgspec.Struct, frozen=True):
 
         return self.state_dir or state_dir_of(self.file)
 
+    def is_there(self) -> bool:
+        """Raises `Cannot` for a file that may not be read: it names an agent that may hold the lines."""
+        try:
+            with self.file.open("rb"):
+                return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as err:
+            raise Cannot(
+                f"{self.file}: {err.strerror}; run this as root or as the agent's user: sudo -u headgate headgate ..."
+            ) from err
+
+    def missing(self) -> Cannot:
+        return Cannot(
+            f"{self.file}: there is no such file; name yours with --config, or begin one "
+            "(config/samples/first-device.toml shows how)"
+        )
+
     @contextlib.asynccontextmanager
-    async def field(self) -> AsyncIterator[Field]:
-        """Raises `FieldError`."""
+    async def field(self, *, configured: bool = False) -> AsyncIterator[Field]:
+        """`configured`: the device must stand in the file. Raises `FieldError`, `Cannot`."""
         from agent.field_open import open_field
 
-        field = await open_field(self.file if self.file.is_file() else None, self.folder)
+        is_there = self.is_there()
+        field = await open_field(self.file if is_there else None, self.folder)
         try:
+            if configured and not is_there and not field.through_agent:
+                raise self.missing()
             yield field
         finally:
             await field.close()
@@ -89,8 +113,8 @@ def field_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--config`, `--state-dir` as `way`, and `--json` as `as_json`."""
 
     @click.option(
-        "--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_CONFIG,
-        show_default=True, help="The configuration.",
+        "--config", "config_file", type=click.Path(path_type=Path, dir_okay=False, readable=False),
+        default=DEFAULT_CONFIG, show_default=True, help="The configuration.",
     )  # fmt: skip
     @click.option(
         "--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Instead of gateway.state_dir."
@@ -105,6 +129,9 @@ def field_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(work: Coroutine[Any, Any, int]) -> NoReturn:
     """Run a command to its exit status. Ctrl-C cancels it once, so that it can tell what it has."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no "…" shows "?", not a traceback
     try:
         sys.exit(asyncio.run(_interruptible(work)))
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -130,8 +157,42 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
 
 
 def fail(text: str, code: int) -> NoReturn:
+    context = click.get_current_context(silent=True)
+    if context is not None and context.params.get("as_json"):
+        with contextlib.suppress(BrokenPipeError):
+            say(as_json({"error": text, "exit": code}, indent=0))
     click.echo(f"headgate: {text}", err=True)
     sys.exit(code)
+
+
+async def answer_to(question: str) -> str:
+    """What the person at the terminal types, nothing at Ctrl-D. Ctrl-C cancels the command here as everywhere: a
+    blocking read, or one in a thread, would wait for Enter first."""
+    loop = asyncio.get_running_loop()
+    typed: asyncio.Future[bytes] = loop.create_future()
+    terminal = sys.stdin.fileno()
+
+    def readable() -> None:
+        loop.remove_reader(terminal)
+        try:
+            line = os.read(terminal, 4096)  # of a terminal, one line
+        except OSError:
+            line = b""  # it is gone
+        if not typed.done():
+            typed.set_result(line)
+
+    click.echo(f"{question} ", nl=False, err=True)
+    loop.add_reader(terminal, readable)
+    try:
+        line = await typed
+        if not line.endswith(b"\n"):
+            click.echo(err=True)
+    except asyncio.CancelledError:
+        click.echo(err=True)
+        raise
+    finally:
+        loop.remove_reader(terminal)
+    return line.decode(errors="replace").strip()
 
 
 # ------------------------------------------------------------------------------------------ lines

@@ -72,4 +72,5 @@ async def test_a_meter_that_must_be_asked_is_found_when_asked(technician: Techni
 
 async def test_a_port_that_is_not_there_is_told_in_words(technician: Technician) -> None:
     ran = await technician.types("scan", "serial", "--port", "/dev/ttyNOWHERE", "--seconds", "0.5")
-    assert "no such port" in ran.out
+    assert "no such port" in ran.err
+    assert ran.code == 1
