@@ -46,7 +46,7 @@ from agent.loop_watch import LoopWatch, Stall
 from agent.poller import DevicePoller
 from agent.state import StateDirError, StateLock
 from agent.status import STATUS_EVERY_S, AgentStatus, ConfigHealth, LinkHealth, LinkState, RunState
-from drivers.contract import ConfigError, boot_ns
+from drivers.contract import ConfigError, LineClaim, boot_ns
 from sync.identity import GatewayName, IdentityError
 
 log = logging.getLogger(__name__)
@@ -312,9 +312,9 @@ class Daemon:
 
     def held_lines(self) -> list[Held]:
         return [
-            Held(name, device.built.claim, device.built.isolated)
+            Held(name, claim, device.built.isolated)
             for name, device in self._devices.items()
-            if device.built.claim is not None and device.task is not None and not device.task.done()
+            if device.task is not None and not device.task.done() and (claim := _claim_now(device.built))
         ]
 
     def status_document(self) -> bytes:
@@ -572,6 +572,14 @@ class Notify:
 def _runs(device: _Device) -> bool:
     """One that stopped for good over its configuration is given another chance by a reload."""
     return device.task is not None and not device.task.done()
+
+
+def _claim_now(built: Built) -> LineClaim | None:
+    """A port named by its USB identity may not have been there when the device was built."""
+    try:
+        return built.line()
+    except ConfigError:  # two adapters of one identity now; the driver says so when it connects
+        return built.claim
 
 
 def rss_bytes() -> int:

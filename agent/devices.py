@@ -29,6 +29,9 @@ class Built(msgspec.Struct, frozen=True):
     driver: AnyDriver
     claim: LineClaim | None = None  #: the line it needs
     isolated: bool = False  #: its driver runs in a process of its own
+    line: Callable[[], LineClaim | None] = lambda: (
+        None
+    )  #: the claim as of now: a port by identity moves when replugged
 
     def is_as(self, other: Built) -> bool:
         """Whether the other is this very device, so that it need not be touched when the configuration is reloaded."""
@@ -132,7 +135,7 @@ def build_device(device: Device) -> Built:
         raise ConfigError(f"{where}: {err}") from err
     except Exception as err:
         raise ConfigError(f"{where}: {driver_name}.line() failed: {type(err).__name__}: {err}") from err
-    patience_s = driver.patience_s
+    patience_s, line = driver.patience_s, driver.line
     if device.isolate:
         from agent.isolation import isolated
 
@@ -155,7 +158,7 @@ def build_device(device: Device) -> Built:
         deadline_s=deadline_s,
         build=build,
     )
-    return Built(plan, driver, claim, device.isolate)
+    return Built(plan, driver, claim, device.isolate, line)
 
 
 def check_rules(points: Sequence[Point], where: str) -> None:
