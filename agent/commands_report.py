@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Final
@@ -14,10 +17,11 @@ import click
 import msgspec
 
 from agent.cli import DEFAULT_CONFIG
-from agent.report import archive, end_of, scrubbed
+from agent.report import archive, end_of, scrubbed, secrets_in
 
 _COMMAND_S: Final = 15.0
 _LOG_LINES: Final = "20000"
+_LARGEST_SECRET: Final = 65_536  #: bytes of a file that holds one
 #: What this machine says of itself; a program that is not here is said to be missing.
 _COMMANDS: Final = {
     "log.txt": ("journalctl", "--unit=headgate", "--no-pager", "--output=short-iso-precise", "--lines", _LOG_LINES),
@@ -51,30 +55,31 @@ def report(output: Path | None, file: Path, state_dir: Path | None, *, offline: 
 
     Exit: 0 written, 2 cannot be written.
     """
-    from agent.configuration import state_dir_of
+    from agent.configuration import LAST_GOOD_NAME, state_dir_of
     from agent.state import write_atomically
 
     made_s = int(time.time())
-    files, left_out = _gathered(file, state_dir or state_dir_of(file), state_dir, with_cloud=not offline)
-    known = _known_secrets(file)
+    folder = state_dir or state_dir_of(file)
+    files, left_out = _gathered(file, folder, state_dir, with_cloud=not offline)
+    known = _known_secrets([file, folder / LAST_GOOD_NAME])
     kept: dict[str, str] = {}
-    for name, text in files.items():
-        kept[name], was_cut = end_of(scrubbed(text, known))
+    for each, text in files.items():
+        kept[each], was_cut = end_of(scrubbed(text, known))
         if was_cut:
-            left_out.append(f"{name}: only its end is here")
+            left_out.append(f"{each}: only its end is here")
     kept["contents.txt"] = "".join(
         [
             f"made {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(made_s))} UTC by headgate report\n",
-            *(f"{name}  {len(text.encode(errors='replace'))} bytes\n" for name, text in sorted(kept.items())),
+            *(f"{each}  {len(text.encode(errors='replace'))} bytes\n" for each, text in sorted(kept.items())),
             *(f"not here: {line}\n" for line in left_out),
         ]
     )
-    folder = f"headgate-report-{platform.node() or 'gateway'}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(made_s))}"
+    name = f"headgate-report-{platform.node() or 'gateway'}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(made_s))}"
     target = output or Path()
     try:
         if target.is_dir():
-            target = target / f"{folder}.tar.gz"
-        write_atomically(target, archive(folder, kept, made_s=made_s), mode=0o600)
+            target = target / f"{name}.tar.gz"
+        write_atomically(target, archive(name, kept, made_s=made_s), mode=0o600)
     except OSError as err:
         click.echo(f"headgate: {target}: {err.strerror}; name another place: headgate report /tmp", err=True)
         sys.exit(2)
@@ -147,16 +152,10 @@ def _listing(folder: Path, left_out: list[str]) -> str:
     return "".join(lines)
 
 
-def _known_secrets(file: Path) -> list[str]:
-    """What stands in the files and variables that the configuration names as a secret's: the gateway's token, keys."""
-    import os
+def _known_secrets(files: Sequence[Path]) -> list[str]:
+    """What these configurations hold or name as a secret's place (a file, a variable): the gateway's token, keys."""
+    from config.load import ConfigFileError, read_toml
 
-    from config.load import ConfigFileError, parse_toml
-
-    try:
-        table = parse_toml(file.read_text(errors="replace"))
-    except (OSError, ConfigFileError):
-        return []
     found: list[str] = []
 
     def walk(value: object, key: str = "") -> None:
@@ -169,10 +168,16 @@ def _known_secrets(file: Path) -> list[str]:
         elif isinstance(value, str) and key.endswith("_env"):
             found.append(os.environ.get(value, "").strip())
         elif isinstance(value, str) and key.endswith("_file") and "ca_file" not in key:
-            try:
-                found.append(Path(value).read_text(errors="replace").strip())
-            except OSError:
-                return  # not readable by this user: then it cannot have come into the archive from here either
+            with contextlib.suppress(
+                OSError
+            ):  # not readable by this user: then nothing here has it from there
+                path = Path(value)
+                if path.is_file() and path.stat().st_size <= _LARGEST_SECRET:
+                    found.append(path.read_text(errors="replace").strip())
 
-    walk(table)
-    return [secret for secret in found if len(secret) >= 4]
+    for file in files:
+        with contextlib.suppress(ConfigFileError):  # the other one may be good
+            table, _ = read_toml(file)
+            found += secrets_in(table)
+            walk(table)
+    return found
