@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
+import termios
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -55,7 +56,7 @@ class Pms5003Driver(PushDriver[Pms5003Options, Pms5003Point]):
         await self.close()
         try:
             port = serial.Serial(self.options.port, 9600, timeout=0, exclusive=True)  # skips what waits there
-        except OSError as err:  # pyserial's own error is one
+        except (OSError, termios.error) as err:  # pyserial's own error is an OSError, the system's is not
             raise DeviceUnreachable(f"{self.options.port}: {err}") from err
         self._bytes = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(self._bytes)
