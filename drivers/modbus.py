@@ -125,6 +125,7 @@ class _Pass(msgspec.Struct):
     stubborn: list[_Work] = []  #: blocks that failed in another way
     taken_at_ns: int = 0
     lost: bool = False  #: the line, half-way
+    moments: dict[int, int] = {}  #: by index into the spans: with which block it came, counted from 1
 
 
 class _Node(msgspec.Struct):
@@ -281,6 +282,7 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
                     reading.answers += 1
                     reading.served += 1
                     self._failing.pop(_range_of(work.block), None)
+                    reading.moments.update(dict.fromkeys(work.block.members, reading.served))
                     _place(work, reply, reading.values, reading.reasons)
                 elif reply.code in _NARROWED_BY:
                     reading.answers += 1
@@ -454,31 +456,45 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
     # ------------------------------------------------------------------------------------ scale registers
 
     async def _join_pairs(self, line: Line, asked: _Asked, reading: _Pass) -> None:
-        """Numbers and exponents that came in different requests. The exponents are read once more, for a device may
-        change both between two requests; only where they are the same is the number known."""
-        values, reasons = reading.values, reading.reasons
-        before = [values[pair.scale] for pair in asked.pairs]
-        wanted = {pair.scale for pair in asked.pairs if values[pair.scale] is not None}
-        works = [work for work in asked.works if wanted.intersection(work.block.members)]
-        if works and not reading.lost:
-            again = _Pass([None] * len(asked.spans), {}, answers=1)
-            await self._ask_blocks(line, works, again)
-            reading.taken_at_ns = max(reading.taken_at_ns, again.taken_at_ns)
-        else:
-            again = reading
-        for pair, exponent in zip(asked.pairs, before, strict=True):
-            raw, now = values[pair.point], again.values[pair.scale]
+        """Numbers and exponents that came in different requests. A device may change both between two requests, so a
+        number is known only where its exponent is the same before and after it: the number is read once more where
+        it came first, and then the exponent."""
+        values, reasons, moments = reading.values, reading.reasons, reading.moments
+        apart = [p for p in asked.pairs if p.point in moments and p.scale in moments]
+        apart = [p for p in apart if moments[p.point] != moments[p.scale]]
+        early = {p.point for p in apart if moments[p.point] < moments[p.scale]}
+        numbers = await self._once_more(line, asked, reading, early)
+        exponents = await self._once_more(line, asked, reading, {p.scale for p in apart})
+        for pair in asked.pairs:
+            raw, exponent, now = values[pair.point], values[pair.scale], exponents.values[pair.scale]
+            failed = reasons.get(pair.scale)
             reason: Reason | None
             if raw is None:
                 continue
+            if pair not in apart:
+                now = exponent
+            elif pair.point in early:
+                raw = numbers.values[pair.point]
+                failed = failed or numbers.reasons.get(pair.point)
             if isinstance(raw, int) and isinstance(exponent, int) and exponent == now:
                 known = codec.exponent_of(exponent, decimals=pair.decimals)
                 values[pair.point], reason = codec.scaled(raw, known, pair.sentinels)
             else:
-                failed = reasons.get(pair.scale) or again.reasons.get(pair.scale)
+                failed = failed or exponents.reasons.get(pair.scale)
                 values[pair.point], reason = None, failed or Reason.DECODE
             if reason is not None:
                 reasons[pair.point] = reason
+
+    async def _once_more(self, line: Line, asked: _Asked, reading: _Pass, wanted: set[int]) -> _Pass:
+        """Ask the blocks again that hold these."""
+        again = _Pass([None] * len(asked.spans), {}, answers=1)
+        if reading.lost:
+            again.reasons = dict.fromkeys(wanted, Reason.DISCONNECTED)
+        elif wanted:
+            works = [work for work in asked.works if wanted.intersection(work.block.members)]
+            await self._ask_blocks(line, works, again)
+            reading.taken_at_ns = max(reading.taken_at_ns, again.taken_at_ns)
+        return again
 
     # ------------------------------------------------------------------------------------ planning
 
@@ -523,6 +539,9 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             cuts=learnt.cuts,
         )
         asked = _Asked(points, spans, fields, [], [], refused, pairs, whole, swift=False)
+        # Exponents before their numbers: then none has to be read twice.
+        scales = {pair.scale for pair in pairs}
+        blocks = tuple(sorted(blocks, key=lambda block: scales.isdisjoint(block.members)))
         asked.works = [self._work(asked, block) for block in blocks]
         asked.requests = [work.request for work in asked.works]
         asked.swift = (

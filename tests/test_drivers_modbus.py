@@ -690,11 +690,49 @@ async def test_an_exponent_that_is_read_apart_must_be_the_same_before_and_after(
     far = {**SCALED, "scale_register": 200}
     async with WilfulTcp(registers_, judge) as peer, connected([far], port=peer.port) as driver:
         assert told(await driver.read(driver.points)) == {"power": 12.34}
-        assert peer.asked == [(3, 10, 1), (3, 200, 1), (3, 200, 1)]
+        assert peer.asked == [(3, 200, 1), (3, 10, 1), (3, 200, 1)]
         flips = True
         assert told(await driver.read(driver.points)) == {"power": Reason.DECODE}
         flips = False
         assert told(await driver.read(driver.points))["power"] in (12.34, 123.4)
+
+
+async def test_an_exponent_that_changes_before_it_is_read_at_all_makes_no_wrong_number() -> None:
+    """The device goes over from 12.34 to 123.5, number and exponent at once, at some request."""
+    one = {**SCALED, "register": 10, "scale_register": 201}
+    two = {**SCALED, "name": "other", "register": 200, "scale_register": 11}  # each in the other's request
+    for at in range(9):
+        registers_ = [0] * 300
+        asked = 0
+
+        def put(number: int, exponent: int) -> None:
+            for n, e in ((10, 201), (200, 11)):
+                registers_[n], registers_[e] = number, exponent  # noqa: B023
+
+        def judge(function: int, address: int, count: int) -> None:
+            nonlocal asked
+            if asked == at:  # noqa: B023 - called within the same turn
+                put(1235, 0xFFFF)
+            asked += 1
+
+        put(1234, 0xFFFE)
+        async with WilfulTcp(registers_, judge) as peer, connected([one, two], port=peer.port) as driver:
+            for _ in range(2):
+                assert set(told(await driver.read(driver.points)).values()) <= {12.34, 123.5, Reason.DECODE}
+            put(1235, 0xFFFF)
+            assert set(told(await driver.read(driver.points)).values()) == {123.5}
+
+
+async def test_a_number_and_an_exponent_that_came_before_the_line_was_lost_are_no_value() -> None:
+    registers_ = [0] * 600
+    registers_[10], registers_[200] = 1234, 0xFFFE
+    far = [{**SCALED, "scale_register": 200}, *registers(390, 590)]
+
+    def hangs(function: int, address: int, count: int) -> Whim:
+        return "hangup" if address == 390 else None
+
+    async with WilfulTcp(registers_, hangs) as peer, connected(far, port=peer.port) as driver:
+        assert set(told(await driver.read(driver.points)).values()) == {Reason.DISCONNECTED}
 
 
 async def test_a_number_of_decimals_is_read_before_and_after_too_and_moves_the_point_the_other_way() -> None:
