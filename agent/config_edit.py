@@ -3,7 +3,7 @@
 Rules:
 
 1. Only lines are added: every line that was there stays, with its comments, in its order. What would change one is
-   refused.
+   refused; an empty `device = []` alone gives way. A comment above the table that follows stays above it.
 2. What is written has been judged first, whole, as `headgate config check` does; a file with errors is not written.
 3. The file is the old one or the new one, whatever happens in between (written aside, synced, renamed); it keeps its
    mode and its owner. If somebody else changed it meanwhile, his change stands and ours is refused.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -67,9 +68,12 @@ def with_device(text: str, device: Table) -> str:
     """The text with one device more, after the last. Raises `EditError`."""
     old = parse_toml(text)
     wanted = {**old, "device": [*old.get("device", []), dict(device)]}
-    for write in (_by_tomlkit, _at_the_end):
+    if old.get("device") == []:
+        text = _EMPTY_LIST.sub(lambda line: line["comment"] or "", text, count=1)
+    for write in (_after_the_last, _by_tomlkit, _at_the_end):
         try:
             new = write(text, device)
+            new.encode()  # a name typed in bytes that are no text has no place in a file
             fits = parse_toml(new) == wanted and _only_adds(text, new)
         except (TOMLKitError, ConfigFileError, ValueError, TypeError):
             continue
@@ -139,6 +143,28 @@ def problems(file: Path, *, shown_as: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ writing
+
+
+_EMPTY_LIST: Final = re.compile(
+    r"^[ \t]*device[ \t]*=[ \t]*\[\s*\][ \t]*(?:(?P<comment>#[^\n]*(?:\n|\Z))|\r?\n|\Z)", re.MULTILINE
+)
+_HEADER: Final = re.compile(r"\s*\[\[?\s*[\"']?(?P<first>[^\s.\"'\]]+)")
+
+
+def _after_the_last(text: str, device: Table) -> str:
+    """Between the last device and the table that follows it, above what is said about that table."""
+    lines = text.splitlines(keepends=True)
+    headers = [(i, found["first"]) for i, line in enumerate(lines) if (found := _HEADER.match(line))]
+    devices = [i for i, first in headers if first == "device"]
+    following = next((i for i, _ in headers if devices and i > devices[-1]), None)
+    if following is None:
+        return _at_the_end(text, device)
+    at = following
+    while lines[at - 1].lstrip().startswith("#"):
+        at -= 1
+    if lines[at - 1].strip():
+        at = following  # a comment that goes on from the device's own lines is the device's
+    return _at_the_end("".join(lines[:at]), device) + _ends(text) + "".join(lines[at:])
 
 
 def _by_tomlkit(text: str, device: Table) -> str:

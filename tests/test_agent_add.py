@@ -73,6 +73,73 @@ def test_adding_again_and_again_keeps_all() -> None:
     assert "# labels on all its readings" in text.lower()
 
 
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("device = []\n", ""),
+        (
+            "a = 1\ndevice=[ ] # none yet\n\n[uplink]\nkind = 'none'\n",
+            "a = 1\n# none yet\n\n[uplink]\nkind = 'none'\n",
+        ),
+        ("device = [\n]\nb = 2\n", "b = 2\n"),
+        ("device = []\r\n[gateway]\r\n", "[gateway]\r\n"),
+    ],
+)
+def test_an_empty_list_of_devices_gives_way_to_the_first(text: str, rest: str) -> None:
+    new = config_edit.with_device(text, METER)
+    assert new.startswith(rest)
+    assert tomllib.loads(new)["device"] == [METER]
+    assert {**tomllib.loads(new), "device": []} == {"device": [], **tomllib.loads(rest)}
+
+
+def test_a_comment_above_the_next_table_stays_there_and_one_of_the_device_with_it() -> None:
+    old = "[[device]]\nname = 'a'\n# register = 5\n\n# How it sends.\n# Twice.\n[uplink]\nkind = 'none'\n"
+    new = config_edit.with_device(old, METER)
+    assert new.startswith("[[device]]\nname = 'a'\n# register = 5\n\n[[device]]\nname = \"meter\"\n")
+    assert new.endswith("\n\n# How it sends.\n# Twice.\n[uplink]\nkind = 'none'\n")
+
+
+HOSTILE = [
+    'a"b',
+    "a'b",
+    "a\nb",
+    "a\\b",
+    "ü°C",
+    "\x00",
+    "\x1b[31m",
+    '"""',
+    "]]\n[[device]]\nname='x'",
+    "\u2028",
+    "\r\n",
+    "#",
+    "",
+]
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_no_word_writes_anything_but_itself(word: str) -> None:
+    device = {
+        **METER,
+        "name": word,
+        "options": {"host": word},
+        "point": [{"name": word, "unit": word, "register": 1}],
+    }
+    text = TEXTS["the sample"]
+    assert tomllib.loads(config_edit.with_device(text, device)) == {
+        **tomllib.loads(text), "device": [*tomllib.loads(text)["device"], device],
+    }  # fmt: skip
+
+
+async def test_bytes_that_are_no_text_are_refused_and_the_file_untouched(technician: Technician) -> None:
+    before = technician.config.read_bytes()
+    for words in (("m\udcff", "u"), ("meter", "u\udcff"), ("meter", "u,unit=\udcb0C")):
+        ran = await technician.types(
+            "add", words[0], "--host", "127.0.0.1:1", "--point", f"{words[1]},register=0"
+        )
+        assert ran.code == 2, ran
+    assert technician.config.read_bytes() == before
+
+
 def test_a_list_in_one_line_is_refused_with_the_lines_to_add_by_hand() -> None:
     with pytest.raises(config_edit.EditError, match=r"(?s)by hand.*\[\[device\]\]"):
         config_edit.with_device("device = [{ name = 'a' }]\n", METER)
