@@ -292,6 +292,9 @@ class DevicePoller:
         if self._over is not None:
             raise self._over
         if len(self._asked) >= _MOST_ASKED:
+            # Those who stopped waiting take no place: a sensor that is silent for hours gathers many of them.
+            self._asked = deque(each for each in self._asked if not each.answer.done())
+        if len(self._asked) >= _MOST_ASKED:
             raise DeviceUnreachable(f"{len(self._asked)} requests wait for it already", Reason.BUSY)
         self._asked.append(asked)
         if self._waker is not None and not self._waker.done():
@@ -304,6 +307,7 @@ class DevicePoller:
         """Connect, read, and go on after every failure."""
         broken = False
         self._recall()
+        ending = _ending()
         try:
             while True:
                 try:
@@ -334,6 +338,8 @@ class DevicePoller:
                 except Exception as err:  # noqa: BLE001 - whatever a driver raises must stay with its device
                     wait_s = self._fault(err)
                     broken = True
+                if ending():  # its driver made something else of it
+                    raise asyncio.CancelledError
                 if broken:
                     self._refuse_asked(DeviceUnreachable(self.gauge.health.why, Reason.DRIVER))
                     self._learn()
@@ -356,6 +362,7 @@ class DevicePoller:
         loop = asyncio.get_running_loop()
         health, schedule, points = self.gauge.health, self._schedule, self._points
         read, deadline_s, took, keep = driver.read, self.plan.deadline_s, self.gauge.took, self._keep
+        ending = _ending()
         if self._asked:
             await self._serve(driver, loop.time())
         health.missed += schedule.start(loop.time())
@@ -375,6 +382,8 @@ class DevicePoller:
                     f"asked for {len(points)} points, given a scan of {len(scan.points)} others"
                 )
             keep(scan)
+            if ending():  # its driver swallowed it: what is removed is read no more, whatever it does
+                raise asyncio.CancelledError
             when_s, skipped = schedule.next(now_s := loop.time())
             if skipped:
                 health.overruns += skipped
@@ -464,8 +473,16 @@ class DevicePoller:
         loop = asyncio.get_running_loop()
         scans = driver.scans()
         since_ns, readings = boot_ns(), len(self._points)
+        ending = _ending()
         try:
             async for scan in scans:
+                if ending():
+                    raise asyncio.CancelledError
+                if not scan.points and not scan.values:
+                    self._well("it is there, with nothing new yet")
+                    self._dropped(driver, since_ns, readings)
+                    await self._share(loop.time())
+                    continue
                 judged = self._keep(scan)
                 while self._asked:
                     answer = self._asked.popleft().answer
@@ -684,6 +701,12 @@ class DevicePoller:
 def _wake(waker: asyncio.Future[None]) -> None:
     if not waker.done():
         waker.set_result(None)
+def _ending() -> Callable[[], int]:
+    """Whether the current task has been told to end."""
+    task = asyncio.current_task()
+    return int if task is None else task.cancelling
+
+
 
 
 def _refuse(asked: _Asked, err: DriverError) -> None:

@@ -834,3 +834,75 @@ async def test_what_a_driver_learnt_is_told_once_and_given_to_its_successor() ->
         assert poller.learnt() is None
         second.news = b"refuses 8"
     assert poller.learnt() == b"refuses 8"
+
+
+# --- whatever a driver makes of being told to end ---
+
+
+async def swallows(n: int) -> Scan:
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0.005)
+    return scan_of(n, n)
+
+
+async def calls_it_unreachable(n: int) -> Scan:
+    try:
+        await asyncio.sleep(0.005)
+    except asyncio.CancelledError as err:
+        raise DeviceUnreachable("interrupted") from err
+    return scan_of(n, n)
+
+
+async def calls_it_a_fault(n: int) -> Scan:
+    try:
+        await asyncio.sleep(0.005)
+    except asyncio.CancelledError as err:
+        raise OSError("interrupted") from err
+    return scan_of(n, n)
+
+
+async def speaks_on() -> AsyncIterator[Scan]:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.005)
+        yield scan_of(1, 1)
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [Asked(swallows), Asked(calls_it_unreachable), Asked(calls_it_a_fault), Speaking(speaks_on)],
+    ids=["swallows", "unreachable", "fault", "pushes on"],
+)
+async def test_a_device_that_is_removed_is_read_no_more_whatever_its_driver_does(driver: AnyDriver) -> None:
+    """Else a reload would leave it running, and start its successor beside it."""
+    store = ListStore()
+    poller = poller_of(driver, store, period_s=0.01)
+    task = asyncio.create_task(poller.run())
+    await until(lambda: store.readings > 4)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=1.0)
+    assert done
+    assert task.cancelled()
+    kept = store.readings
+    await asyncio.sleep(0.1)
+    assert store.readings == kept
+
+
+async def test_who_stopped_waiting_for_a_silent_device_keeps_nobody_else_from_asking() -> None:
+    speak = asyncio.Event()
+
+    async def silent() -> AsyncIterator[Scan]:
+        await speak.wait()
+        yield scan_of(7, 7)
+        await asyncio.Event().wait()
+
+    poller = poller_of(Speaking(silent), ListStore())
+    async with running(poller):
+        for _ in range(200):
+            asked = asyncio.ensure_future(poller.ask_read())
+            await asyncio.sleep(0)
+            asked.cancel()
+        asked = asyncio.ensure_future(poller.ask_read())
+        await asyncio.sleep(0)
+        speak.set()
+        assert (await asked).values == (7, 7)
