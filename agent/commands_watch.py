@@ -20,7 +20,7 @@ from agent.technician import EXITS, Cannot, Trouble, Way
 from drivers.contract import DriverError, Quality
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 _ASCII_SPARKS: Final = "_.-=+*#@"
@@ -217,7 +217,8 @@ class _Live(_Screen):
     def end(self) -> None:
         self._live.stop()
 
-    def _table(self) -> Table:
+    def _table(self) -> RenderableType:
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
@@ -233,7 +234,9 @@ class _Live(_Screen):
         now_ns = time.time_ns()
         sparks = max(6, width - 76)
         device_before = ""
-        for (device, point), row in self._rows.items():
+        room = self._console.height - 2  # the heading, and the line that says what is left out
+        fits = len(self._rows) <= room + 1
+        for (device, point), row in list(self._rows.items())[: None if fits else max(1, room)]:
             quality = row.shown.reason.quality
             style = "" if quality is Quality.GOOD else technician.QUALITY_COLOURS[quality]
             age_s = max(0.0, (now_ns - row.at_ns) / 1e9)
@@ -250,7 +253,10 @@ class _Live(_Screen):
             device_before = device
         if not self._rows:
             table.add_row(Text("waiting…"), *[Text("")] * 6)
-        return table
+        if fits:
+            return table
+        left = len(self._rows) - max(1, room)
+        return Group(table, Text(f"… and {left} more: name devices, or --plain shows all of them"))
 
 
 def _age(seconds: float) -> str:

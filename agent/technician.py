@@ -435,10 +435,19 @@ def number(value: Value | None) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return value
+        return printable(value)
     if isinstance(value, int):
         return str(value)
-    return f"{value:.7g}"
+    # Seven digits are all that a 32-bit float has; a scaled 32-bit integer has ten.
+    text = f"{value:.7g}" if _is_single(value) else f"{value:.10g}"
+    return f"{value:.0f}" if "e+" in text and abs(value) < 1e15 else text
+
+
+def _is_single(value: float) -> bool:
+    try:
+        return bool(struct.unpack("f", struct.pack("f", value))[0] == value)
+    except OverflowError:
+        return False
 
 
 def as_json(told: object, *, indent: int = 2) -> str:
@@ -458,7 +467,7 @@ def note(text: str) -> None:
 
 def wrapped(text: str, *, lead: str = "", width: int = WIDTH) -> list[str]:
     return textwrap.wrap(
-        text,
+        printable(text, also="\n\t"),
         width,
         initial_indent=lead,
         subsequent_indent=lead,
@@ -468,10 +477,17 @@ def wrapped(text: str, *, lead: str = "", width: int = WIDTH) -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]], *, lead: str = "", right: Iterable[int] = ()) -> list[str]:
-    """Rows as aligned columns, the last as long as it likes up to 80."""
+    """Rows as aligned columns, the last as long as it likes up to 80: what is too long before it is cut, so that it is
+    always seen."""
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    fixed = len(lead) + 2 * (len(widths) - 1)
+    while fixed + sum(widths) > WIDTH and (widest := max(widths[:-1], default=0)) > _LONGEST_NUMBER:
+        widths[widths.index(widest)] -= 1
+    rows = [
+        [*(cut(cell, width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]] for row in rows
+    ]
     to_right = set(right)
     told = []
     for row in rows:
@@ -481,8 +497,17 @@ def columns(rows: Sequence[Sequence[str]], *, lead: str = "", right: Iterable[in
     return told
 
 
+_LONGEST_NUMBER: Final = 20  #: characters (64 bits, signed); a column is cut no shorter, so no number ever is
+
+
 def cut(text: str, width: int = WIDTH) -> str:
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def printable(text: str, *, also: str = "") -> str:
+    """What a device calls itself steers no terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in also else "?" for c in text)
 
 
 def command_line(*words: str) -> str:

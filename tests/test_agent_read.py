@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.commands_read import lines
 from agent.commands_watch import sparkline
 from agent.commands_write import value_of
+from agent.field import Look, Shown
 from agent.technician import Cannot, duration, number, quality_words
 from drivers.contract import Reason
 from tests.fakes.technician import HEADGATE, Technician, heard
@@ -266,6 +268,49 @@ def test_on_a_terminal_a_live_table_is_drawn_with_colour_only_where_it_is_wanted
     assert "good" in told
     assert any(mark in told for mark in "▁▂▃▄▅▆▇█")
     assert ("\x1b[32m" in told) is colour
+
+
+def test_a_table_taller_than_the_terminal_says_what_it_leaves_out(tmp_path: Path) -> None:
+    points = "".join(f'[[device.point]]\nname = "level_{i}"\nwave = "counter"\n' for i in range(200))
+    simulated = f'[[device]]\nname = "tank"\ndriver = "simulator"\nperiod_ms = 100\n{points}'
+    told = on_a_terminal(Technician(tmp_path, devices=simulated), "watch", "--seconds", "2", colour=False)
+    assert "… and 178 more" in told
+    assert "level_21" in told
+    assert "level_22" not in told
+    last = told[told.rindex("level_0") :].splitlines()
+    assert len(last) <= 24, "taller than the terminal"
+
+
+def test_the_quality_is_seen_however_long_the_names_are() -> None:
+    shown = [
+        Shown("p" * 40, 1234567.5, 1234567.5, "Cel", Reason.STUCK),
+        Shown("q" * 200, "x" * 300, None, "", Reason.RANGE),
+        Shown("n", -(2**63), None, "kvarh", Reason.SENTINEL),
+    ]
+    told = lines(Look("d", 0, shown))[1:]
+    assert all(len(line) <= 80 for line in told)
+    for line, words in zip(
+        told, ("uncertain: does not change", "bad: out of range", "bad: not available"), strict=True
+    ):
+        assert line.endswith(words)
+    assert str(-(2**63)) in told[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (1234567.8, "1234567.8"), (429496729 * 0.1, "42949672.9"), (16777216.0, "16777216"), (230.1, "230.1"),
+        (24.314180374145508, "24.31418"), (0.1 + 0.2, "0.3"), (1e20, "1e+20"), (5e-7, "5e-07"), (float("nan"), "nan"),
+        (-1e308, "-1e+308"), (60.0, "60"),
+    ],
+)  # fmt: skip
+def test_a_counter_keeps_the_digits_of_its_display(value: float, told: str) -> None:
+    assert number(value) == told
+
+
+def test_what_a_device_says_steers_no_terminal() -> None:
+    told = lines(Look("d", 0, [Shown("name", "\x1b[2Jmeter\r\nbad", None, "", Reason.GOOD)]))
+    assert told[1].split() == ["name", "?[2Jmeter??bad", "good"]
 
 
 def test_a_sparkline_goes_from_least_to_greatest() -> None:
