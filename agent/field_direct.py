@@ -152,7 +152,8 @@ class _Opened:
                         scans = self.driver.scans()
                         try:
                             async for scan in scans:
-                                yield self._judged(scan)
+                                if scan.points:  # else it only says that it is well
+                                    yield self._judged(scan)
                         finally:
                             if isinstance(scans, AsyncGenerator):
                                 await scans.aclose()
@@ -309,12 +310,20 @@ async def one_scan(driver: AnyDriver, deadline_s: float, *, push_s: float = PUSH
         return scan
     scans = driver.scans()
     try:
-        return await within(push_s, anext(scans))
+        return await within(push_s, _message(scans))
     except StopAsyncIteration:
         raise DeviceUnreachable("its driver stopped giving scans", Reason.DRIVER) from None
     finally:
         if isinstance(scans, AsyncGenerator):
             await scans.aclose()
+
+
+async def _message(scans: AsyncIterator[Scan]) -> Scan:
+    """The next scan that carries points; one without only says that the device is well."""
+    while True:
+        scan = await anext(scans)
+        if scan.points:
+            return scan
 
 
 async def within(deadline_s: float, call: Awaitable[T]) -> T:

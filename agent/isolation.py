@@ -561,9 +561,9 @@ class IsolatedPushDriver(_StandIn, PushDriver[Any, Any]):
         wake = asyncio.Event()
 
         def hear(told: Scanned | Exception) -> None:
-            if len(heard) >= _SCANS_KEPT and isinstance(heard[0], Scanned):
+            if len(heard) >= _SCANS_KEPT and isinstance(oldest := heard[0], Scanned):
                 heard.popleft()
-                self.overruns += 1
+                self.overruns += 1 if oldest.values else 0  # one without points only said that it is well
             heard.append(told)
             wake.set()
 

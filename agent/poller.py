@@ -603,13 +603,16 @@ class DevicePoller:
             elif self._bad_in_a_row >= _BAD_IN_A_ROW:
                 self._down(f"gives no usable value ({reason.name.lower()})", reason)
             return
+        self._well(f"first scan, {len(scan.values) - len(scan.reasons)} of {len(scan.values)} points good")
+
+    def _well(self, first: str) -> None:
+        """The device is fine; said once, as `first` where it was never otherwise."""
         self._attempt = self._faults = self._bad_in_a_row = 0
         if not self.gauge.enter(State.OK):
             return
         now_s = asyncio.get_running_loop().time()
         if self._trouble_since_s is None:
-            good, all_of_it = len(scan.values) - len(scan.reasons), len(scan.values)
-            log.info("%s: first scan, %d of %d points good", self.plan.name, good, all_of_it)
+            log.info("%s: %s", self.plan.name, first)
         else:
             lasted = duration_in_words(now_s - self._trouble_since_s)
             self._trouble_since_s = None
@@ -698,15 +701,15 @@ class DevicePoller:
             log.warning("%s: its driver failed to close: %s: %s", self.plan.name, type(err).__name__, err)
 
 
-def _wake(waker: asyncio.Future[None]) -> None:
-    if not waker.done():
-        waker.set_result(None)
 def _ending() -> Callable[[], int]:
     """Whether the current task has been told to end."""
     task = asyncio.current_task()
     return int if task is None else task.cancelling
 
 
+def _wake(waker: asyncio.Future[None]) -> None:
+    if not waker.done():
+        waker.set_result(None)
 
 
 def _refuse(asked: _Asked, err: DriverError) -> None:

@@ -717,10 +717,19 @@ async def _ended(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
+async def _message(scans: AsyncIterator[Scan]) -> Scan:
+    """The next scan that carries points; one without only says that the device is well."""
+    while True:
+        scan = await anext(scans)
+        if scan.points:
+            return scan
+        _must(not scan.values and not scan.reasons, "a scan without points has values or reasons")
+
+
 async def _first(scans: AsyncIterator[Scan], after_ns: int = 0) -> Scan:
     try:
         while True:
-            scan = await anext(scans)
+            scan = await _message(scans)
             if scan.taken_at_ns >= after_ns:
                 return scan
     finally:
@@ -746,7 +755,7 @@ async def _stream(subject: Subject, driver: Pull | Push) -> AsyncIterator[Callab
     scans = driver.scans()
 
     async def listen() -> Scan:
-        coming = asyncio.ensure_future(anext(scans))
+        coming = asyncio.ensure_future(_message(scans))
         try:
             await asyncio.sleep(0)
             if subject.provoke is not None and not coming.done():

@@ -283,4 +283,6 @@ class PushDriver(_Device[OptionsT, PointT]):
     @abstractmethod
     def scans(self) -> AsyncIterator[Scan]:
         """Yield scans as they come, until cancelled. A scan names only the points its message carried, or gives
-        a reason for those that the message should have carried. Raises `DeviceUnreachable`, `ConfigError`."""
+        a reason for those that the message should have carried. A scan without points says "it was heard and is
+        well, there is nothing new": it is kept nowhere, but a device that was down is so no more. Raises
+        `DeviceUnreachable`, `ConfigError`."""

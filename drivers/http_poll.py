@@ -4,6 +4,7 @@ Rules:
 1. A document that has not changed is no reading: told by 304, by its ETag, by its own time (`time_point`) or by its
    bytes, also across a restart. A device that answers afresh each time, equal or not, says `live = true`.
 2. A document older than `stale_after_s` by its own account, and silence of new ones for as long, are `STALE`.
+   What has not changed is told once, by a scan without points, when the server answers again after a failure.
 3. A failure is told with its reason (`DeviceUnreachable`) and tried again at the period, or when the server says.
    The host is asked no more often than `host_interval_s` by all devices together, and only what its robots.txt allows.
 4. Credentials come from a file or the environment, go to the configured origin only, and stand in no message.
@@ -145,6 +146,8 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         self._failures = 0
         self._heard_s: float | None = None  #: when something new came, or the listening began
         self._stale_told = False
+        self._useful = True  #: whether the last document gave a value; of an earlier life's nothing is known
+        self._well_told = False  #: since the connect; before it there may have been a failure
 
     # --- configuration ---
 
@@ -233,6 +236,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
     async def connect(self) -> None:
         """Nothing is asked yet: when that may be is the schedule's affair."""
         await self.close()
+        self._well_told = False
         options = self.options
         self._own = [*options.headers.items(), *self._credential()]
         try:
@@ -324,7 +328,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         taken_at_ns = boot_ns()
         self._failures = 0
         if document.status == 304:
-            return None
+            return self._unchanged(taken_at_ns, document.headers)
         return await self._scan_of(document, taken_at_ns)
 
     async def _scan_of(self, document: Document, taken_at_ns: int) -> Scan | None:
@@ -342,7 +346,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         )
         if same and not self.options.live:
             self._seen = seen
-            return None
+            return self._unchanged(taken_at_ns, headers)
         charset = _charset(headers.get("content-type", ""))
         extract = self._extractor.extract
         if len(document.body) > _IN_THREAD_BYTES:
@@ -354,11 +358,31 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
             seen = msgspec.structs.replace(seen, told=str(told))
             if seen.told == self._seen.told and not self.options.live:
                 self._seen = seen  # something else on the page changed
-                return None
+                return self._unchanged(taken_at_ns, headers)
         self._seen = seen
         self._heard_s = asyncio.get_running_loop().time()
         self._stale_told = False
-        return self._scan(taken_at_ns, results, told, headers)
+        self._well_told = True
+        scan = self._scan(taken_at_ns, results, told, headers)
+        self._useful = any(
+            value is not None and point.name != self.options.time_point
+            for point, value in zip(scan.points, scan.values, strict=True)
+        )
+        return scan
+
+    def _unchanged(self, taken_at_ns: int, headers: httpx.Headers) -> Scan | None:
+        """The sign of life, where what was read last still holds."""
+        told, limit_s = self._seen.told or None, self.options.stale_after_s
+        age_s = self._age_s(told, headers)
+        if (
+            self._well_told
+            or self._stale_told
+            or not self._useful
+            or (limit_s and age_s is not None and age_s > limit_s)
+        ):
+            return None
+        self._well_told = True
+        return Scan(taken_at_ns, (), ())
 
     def _told_time(self, results: Sequence[Value | Reason]) -> Value | None:
         for point, result in zip(self.points, results, strict=True):

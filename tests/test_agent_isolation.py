@@ -26,6 +26,7 @@ from drivers.modbus_address import HostPort
 from drivers.registry import build
 from tests import field_conformance
 from tests.fakes import bad_drivers
+from tests.fakes.http_station import Reply, station
 from tests.fakes.meter import Meter, meter
 from tests.fakes.modbus_peer import Unit, tcp_peer
 from tests.test_agent_control import Agent, running
@@ -220,6 +221,31 @@ async def test_what_it_learnt_comes_back_to_it(installed: Path, tmp_path: Path) 
         driver.recall(b"41")
         await driver.connect()
         assert (await driver.read(driver.points)).values == [42.0, 42.0]
+
+
+async def test_a_sign_of_life_crosses_as_one() -> None:
+    options: dict[str, object] = {"period_s": 0.1, "jitter": 0.0, "host_interval_s": 0.0}
+    async with station() as it:
+        it.reply = lambda asked: Reply(b'{"a": 1}')
+        tables = [{"name": "a", "pointer": "/a"}]
+        options["url"] = it.url()
+        driver = isolated(build("m", "http_poll", options, tables), "http_poll", options, tables)
+        assert isinstance(driver, IsolatedPushDriver)
+        try:
+            await driver.connect()
+            scans = driver.scans()
+            assert (await anext(scans)).values == [1.0]
+            await it.unplug()
+            with pytest.raises(DeviceUnreachable):
+                await anext(scans)
+            await it.plug()
+            await driver.connect()
+            scans = driver.scans()
+            alive = await anext(scans)
+            assert (alive.points, list(alive.values), dict(alive.reasons)) == ((), [], {})
+            await scans.aclose()
+        finally:
+            await driver.close()
 
 
 async def test_what_a_pushing_driver_dropped_is_counted_through_restarts(

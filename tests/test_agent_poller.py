@@ -575,6 +575,57 @@ async def test_what_a_device_says_is_kept_as_it_comes() -> None:
     assert [(k.names, k.values) for k in store.kept] == [(("a", "b"), [1, 2]), (("b",), [3])]
 
 
+async def test_a_sign_of_life_ends_the_trouble_once_and_is_kept_nowhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "agent.poller")
+    again = asyncio.Event()
+    lives = 0
+
+    async def source() -> AsyncIterator[Scan]:
+        nonlocal lives
+        lives += 1
+        if lives == 1:
+            yield scan_of(1, 2)
+            raise DeviceUnreachable("the host is gone", Reason.DISCONNECTED)
+        await again.wait()
+        for _ in range(3):
+            yield Scan(boot_ns(), (), ())
+        yield scan_of(3, 4)
+        await asyncio.sleep(3600)
+
+    store = ListStore()
+    async with running(poller := poller_of(Speaking(source), store)):
+        await until(lambda: poller.gauge.health.state is State.DOWN)
+        watch = poller.watch()
+        asked = asyncio.ensure_future(poller.ask_read())
+        await asyncio.sleep(0)
+        before = poller.gauge.health.scans
+        again.set()
+        await until(lambda: store.kept[-1].values == [3, 4])
+        assert poller.gauge.health.state is State.OK
+        assert poller.gauge.health.why == ""
+        assert poller.gauge.health.scans == before + 1
+        seen = await watch.next()
+        assert seen is not None
+        assert list(seen.values) == [3, 4]
+        assert list((await asked).values) == [3, 4]  # not the sign of life
+    assert [k.values for k in store.kept] == [[1, 2], [None, None], [3, 4]]
+    assert sum("answers again" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_a_sign_of_life_alone_is_enough_to_be_well() -> None:
+    async def source() -> AsyncIterator[Scan]:
+        yield Scan(boot_ns(), (), ())
+        await asyncio.sleep(3600)
+
+    store = ListStore()
+    async with running(poller := poller_of(Speaking(source), store)):
+        await until(lambda: poller.gauge.health.state is State.OK)
+        assert (poller.gauge.health.scans, poller.gauge.health.readings) == (0, 0)
+    assert store.frames == []
+
+
 async def test_what_a_full_queue_dropped_becomes_a_gap() -> None:
     async def source() -> AsyncIterator[Scan]:
         yield scan_of(1, 2)

@@ -50,9 +50,17 @@ async def failures(kind: type[SoundMeter | SoundListener]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("kind", [SoundMeter, SoundListener])
+@pytest.mark.parametrize("kind", [SoundMeter, SoundListener, fake.SaysThatItIsWell])
 async def test_a_sound_driver_passes_everything(kind: type[SoundMeter | SoundListener]) -> None:
     assert await failures(kind) == {}
+
+
+async def test_a_sign_of_life_with_a_reason_is_none() -> None:
+    async with meter() as device:
+        with pytest.raises(AssertionError, match="without points has values or reasons"):
+            await conformance.scans_tell_what_the_device_said(
+                subject_of(fake.SaysThatItIsWellWithAReason, device)
+            )
 
 
 C = conformance

@@ -224,6 +224,62 @@ async def test_nothing_new_for_long_is_stale_once() -> None:
             assert (await following(scans)).reasons[0] is Reason.STALE
 
 
+@pytest.mark.parametrize("by", ["304", "bytes", "its own time"])
+async def test_a_server_that_is_back_with_the_same_document_gives_one_sign_of_life_and_no_reading(
+    by: str,
+) -> None:
+    now = datetime.now(UTC).isoformat()
+
+    def reply(asked: Asked) -> Reply:
+        headers = {"ETag": '"one"'} if by == "304" else {}
+        if "if-none-match" in asked.headers:
+            return Reply(status=304, headers=headers)
+        held = {"a": 1, "b": 2, "t": now, "n": len(it.asked) if by == "its own time" else 0}
+        return Reply(json.dumps(held).encode(), headers=headers)
+
+    points = (*AB, P(name="t", pointer="/t", type=ValueType.STR))
+    async with station() as it:
+        it.reply = reply
+        driver = driver_of(it, points=points, time_point="t", stale_after_s=60.0)
+        async with opened(driver) as scans:
+            assert (await following(scans)).values == [1.0, 2, now]
+            await conformance._ended(await nothing_comes(it, scans))
+        await it.unplug()
+        assert (await failure(driver)).reason is Reason.DISCONNECTED
+        await it.plug()
+        async with opened(driver) as scans:
+            alive = await following(scans)
+            assert (alive.points, list(alive.values), dict(alive.reasons)) == ((), [], {})
+            coming = await nothing_comes(it, scans)
+            await conformance._ended(coming)
+
+
+@pytest.mark.parametrize("what", ["stale by its own account", "without a usable value", "stale by silence"])
+async def test_a_server_that_is_back_with_a_document_that_was_of_no_use_gives_no_sign_of_life(
+    what: str,
+) -> None:
+    then = datetime(2020, 1, 1, tzinfo=UTC).isoformat() if what == "stale by its own account" else None
+    held = {"a": "?", "b": "?", "t": "x"} if what == "without a usable value" else {"a": 1, "b": 2, "t": then}
+    points = (*AB, P(name="t", pointer="/t", type=ValueType.STR))
+    async with station() as it:
+        it.reply = documents(**held)
+        driver = driver_of(
+            it,
+            points=points,
+            time_point="" if what == "stale by silence" else "t",
+            stale_after_s=0.4 if what == "stale by silence" else 60.0,
+        )
+        async with opened(driver) as scans:
+            await following(scans)
+            if what == "stale by silence":
+                assert (await following(scans)).reasons[0] is Reason.STALE
+        await it.unplug()
+        await failure(driver)
+        await it.plug()
+        async with opened(driver) as scans:
+            await conformance._ended(await nothing_comes(it, scans))
+
+
 async def test_what_was_read_before_a_restart_is_not_read_again() -> None:
     async with station() as it:
         it.reply = documents(a=1, b=1)
@@ -236,6 +292,7 @@ async def test_what_was_read_before_a_restart_is_not_read_again() -> None:
         second = driver_of(it)
         second.recall(kept)
         async with opened(second) as scans:
+            assert (await following(scans)).points == ()
             coming = await nothing_comes(it, scans)
             it.reply = documents(a=2, b=2)
             assert (await asyncio.wait_for(coming, WAIT_S)).values == [2.0, 2]

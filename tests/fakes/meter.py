@@ -243,7 +243,23 @@ class SoundListener(PushDriver[MeterOptions, Point]):
             yield self.meter.scan(self.points, await self.line_of())
 
 
+class SaysThatItIsWell(SoundListener):
+    """Between its messages, by scans without points."""
+
+    async def scans(self) -> AsyncIterator[Scan]:
+        async for scan in super().scans():
+            yield Scan(boot_ns(), (), ())
+            yield scan
+
+
 # ------------------------------------------------------------------------------ one rule broken each
+
+
+class SaysThatItIsWellWithAReason(SoundListener):
+    async def scans(self) -> AsyncIterator[Scan]:
+        async for scan in super().scans():
+            yield Scan(boot_ns(), (), (), {0: Reason.STALE})
+            yield scan
 
 
 class LetsOsErrorOut(SoundMeter):
