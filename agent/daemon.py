@@ -130,7 +130,7 @@ class Daemon:
         self._group: asyncio.TaskGroup | None = None  #: while devices can be started
         self._learnt = Learnt(folder)
         self._control = ControlServer(folder, self)
-        self._loop_watch = LoopWatch(self._stood_still)
+        self._loop_watch = LoopWatch(self._stood_still, self._stands_still)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[Reloaded]] = set()
         self._in_force = loaded  #: its text is the file as it was last taken
@@ -388,25 +388,13 @@ class Daemon:
 
     def _stood_still(self, stall: Stall) -> None:
         device = self._devices.get(stall.device)
-        lasted = f"{stall.lasted_s:.1f} s"
         if device is None and stall.loading and stall.lasted_s < _LOADING_S:
-            log.debug("the agent stood still for %s while it loaded a module at %s", lasted, stall.where)
-            return
-        if device is not None:
-            device.gauge.held_up(stall.lasted_s, stall.where)
-            told_s = device.stalls_told_s
-            text = (
-                f"device {stall.device} (driver {device.built.plan.driver}) blocked the agent for {lasted} at "
-                f"{stall.where}; give it a process of its own: isolate = true"
+            log.debug(
+                "the agent stood still for %.1f s while it loaded a module at %s", stall.lasted_s, stall.where
             )
-        else:
-            status = self.status
-            status.stalls += 1
-            status.stalled_s = round(status.stalled_s + stall.lasted_s, 3)
-            status.stalled_at, status.stalled_ns = stall.where, time.time_ns()
-            told_s = self._stalls_told_s
-            text = f"the agent stood still for {lasted} at {stall.where}"
-            text += f" (task {stall.task})" if stall.task else ""
+            return
+        told_s = self._stalls_told_s if device is None else device.stalls_told_s
+        text = self._counted(stall, device)
         now_s = time.monotonic()
         told_s[:] = [at_s for at_s in told_s if now_s - at_s < 3600]
         if len(told_s) < _STALLS_TOLD:
@@ -416,6 +404,32 @@ class Daemon:
             log.warning("%s", text)
         else:
             log.debug("%s", text)
+
+    def _stands_still(self, stall: Stall) -> None:
+        """Called from a thread, while nothing else runs: the log and the status may be the last that is heard of us."""
+        try:
+            log.error("%s; it has not ended yet", self._counted(stall, self._devices.get(stall.device)))
+            if self._buffer is not None:
+                self._write(self._told(self._buffer))
+        except RuntimeError as err:  # the loop turns again, and changed under our hands what was looked at
+            log.debug("the status is told later: %s", err)
+
+    def _counted(self, stall: Stall, device: _Device | None) -> str:
+        """A stall, counted where it belongs, in words."""
+        rest_s, lasted = stall.lasted_s - stall.told_s, f"{stall.lasted_s:.1f} s"
+        if device is not None:
+            device.gauge.held_up(rest_s, stall.where, again=stall.told_s > 0)
+            return (
+                f"device {stall.device} (driver {device.built.plan.driver}) blocked the agent for {lasted} at "
+                f"{stall.where}; give it a process of its own: isolate = true"
+            )
+        status = self.status
+        status.stalls += not stall.told_s
+        status.stalled_s = round(status.stalled_s + rest_s, 3)
+        status.stalled_at, status.stalled_ns = stall.where, time.time_ns()
+        return f"the agent stood still for {lasted} at {stall.where}" + (
+            f" (task {stall.task})" if stall.task else ""
+        )
 
     async def _deliver(self, buffer: Buffer) -> None:
         """Send what is kept, for ever. A credential that cannot be read is waited for: reading devices goes on."""

@@ -145,10 +145,10 @@ class Gauge:
         health.remedy = "" if reason is None else remedy(reason)
         return changed
 
-    def held_up(self, lasted_s: float, where: str) -> None:
-        """The driver blocked the agent's event loop."""
+    def held_up(self, lasted_s: float, where: str, *, again: bool = False) -> None:
+        """The driver blocked the agent's event loop. `again`: the rest of a time that was counted before."""
         health = self.health
-        health.blocked += 1
+        health.blocked += not again
         health.blocked_s = round(health.blocked_s + lasted_s, 3)
         health.blocked_at = where.encode("utf-8", "replace").decode()
         health.blocked_ns = self._wall_ns()

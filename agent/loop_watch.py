@@ -4,7 +4,8 @@ usually, since one such call stops every other device.
 Rules:
 1. A thread of its own asks the loop, a few times a second, whether it still turns; between stalls that is all the cost.
 2. While the loop does not turn, the thread looks at its stack: who is the innermost driver on it, and at which line.
-   Nothing is interrupted; what was found is told when the loop turns again.
+   Nothing is interrupted; what was found is told when the loop turns again. What goes on for ever is told meanwhile,
+   once, by the thread itself: the supervisor will end the process, and nobody would learn why.
 3. Where the whole process stood still (suspended, out of memory, a stopped container), nobody is blamed: then the
    thread itself was late, and no processor time went by.
 """
@@ -33,6 +34,9 @@ _LATE_S: Final = (
     0.5  #: the thread itself was held up for this long: by the machine, or by who holds the interpreter
 )
 _IDLE_SHARE: Final = 0.3  #: of such a time: with less of it on the processor, it was the machine
+LASTING_S: Final = (
+    10.0  #: from here on it may be for ever; well below what a supervisor waits (60 s in our unit)
+)
 _IMPORT: Final = "<frozen importlib"
 _STDLIB: Final = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
 
@@ -45,6 +49,7 @@ class Stall(msgspec.Struct, frozen=True):
     task: str  #: the task that ran, or empty
     where: str  #: "file.py:12 in name", as far as it could be seen
     loading: bool = False  #: a module was being imported: it happens once, on a slow card it takes its time
+    told_s: float = 0.0  #: of these seconds, told already while it lasted
 
 
 class Culprit(msgspec.Struct, frozen=True):
@@ -57,10 +62,14 @@ class Culprit(msgspec.Struct, frozen=True):
 
 
 class LoopWatch:
-    """Watches the loop that `start` is called on. `told` is called on it after each stall."""
+    """Watches the loop that `start` is called on. `told` is called on it after each stall; `lasting` from the
+    watching thread, for a stall that has taken `LASTING_S` and has not ended."""
 
-    def __init__(self, told: Callable[[Stall], None]) -> None:
+    def __init__(
+        self, told: Callable[[Stall], None], lasting: Callable[[Stall], None] = lambda stall: None
+    ) -> None:
         self._told = told
+        self._lasting = lasting
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread_id = 0
         self._turned = threading.Event()
@@ -99,18 +108,19 @@ class LoopWatch:
                 culprit = self._look(loop)
             late_s = time.monotonic() - asked_s - STALL_S
             asleep = late_s > _LATE_S and time.process_time() - cpu_s < _IDLE_SHARE * late_s
+            told_s = 0.0
             while not self._turned.wait(_LOOK_EVERY_S):
                 if self._stop.is_set():
                     return
                 culprit = culprit or self._look(loop)
+                lasted_s = time.monotonic() - asked_s
+                if lasted_s >= LASTING_S and not told_s:
+                    stall = _stall(lasted_s, culprit, asleep=asleep)
+                    told_s = stall.lasted_s
+                    self._lasting(stall)
             if self._stop.is_set():
                 return
-            lasted_s = time.monotonic() - asked_s
-            if asleep:
-                found = Culprit("", "", "the machine (suspended, or too little memory or processor)")
-            else:
-                found = culprit or Culprit("", "", "an unknown place")
-            stall = Stall(round(lasted_s, 3), found.device, found.task, found.where, found.loading)
+            stall = _stall(time.monotonic() - asked_s, culprit, asleep=asleep, told_s=told_s)
             try:
                 loop.call_soon_threadsafe(self._told, stall)
             except RuntimeError:
@@ -122,6 +132,14 @@ class LoopWatch:
             return None
         task = asyncio.current_task(loop)
         return culprit_of(list(_outwards(frame)), "" if task is None else task.get_name())
+
+
+def _stall(lasted_s: float, culprit: Culprit | None, *, asleep: bool, told_s: float = 0.0) -> Stall:
+    if asleep:
+        found = Culprit("", "", "the machine (suspended, or too little memory or processor)")
+    else:
+        found = culprit or Culprit("", "", "an unknown place")
+    return Stall(round(lasted_s, 3), found.device, found.task, found.where, found.loading, told_s)
 
 
 def culprit_of(frames: list[FrameType], task: str) -> Culprit:

@@ -8,6 +8,7 @@ old file or the new one. The format is Prometheus' text format 0.0.4
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -29,7 +30,9 @@ def exposition(status: AgentStatus) -> str:
 def write(folder: Path, status: AgentStatus) -> None:
     """Replace the file. Raises `OSError`. Not synced: after a power cut the next one comes within seconds."""
     path = folder / METRICS_NAME
-    aside = path.with_name(f".{METRICS_NAME}.{os.getpid()}.tmp")  # not *.prom: the collector passes it over
+    aside = path.with_name(
+        f".{METRICS_NAME}.{os.getpid()}.{threading.get_native_id()}.tmp"
+    )  # not *.prom: the collector passes it over
     try:
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 LOCK_NAME = "agent.lock"
@@ -19,7 +20,8 @@ class StateDirError(Exception):
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o640) -> None:
     """Replace `path` by `data`. Raises `OSError`; the old content is then untouched."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The thread's own: two that write one file at once never write into each other's.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:

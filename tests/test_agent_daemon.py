@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import random
@@ -417,6 +418,20 @@ def test_a_reader_never_sees_a_part_of_a_state_file(tmp_path: Path) -> None:
         seen.add(data[0])
     assert writer.returncode == 0
     assert len(seen) > 1
+
+
+def test_a_file_that_two_threads_replace_at_once_is_always_whole(tmp_path: Path) -> None:
+    """The status: every few seconds by a job, and by a reload."""
+    path = tmp_path / "x"
+    contents = [bytes([n]) * 300_000 for n in range(3)]
+    write_atomically(path, contents[0])
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        work = [pool.submit(write_atomically, path, contents[n % 3]) for n in range(150)]
+        while not all(each.done() for each in work):
+            assert path.read_bytes() in contents
+        for each in work:
+            each.result()
+    assert [found.name for found in tmp_path.iterdir()] == ["x"]
 
 
 def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:

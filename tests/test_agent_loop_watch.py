@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import loop_watch
 from agent import status as status_file
 from agent.health import DeviceHealth
 from agent.loop_watch import LoopWatch, Stall
@@ -173,6 +174,50 @@ async def test_the_agent_names_it_in_its_log_and_its_status(
     boiler, culprit = status.devices
     assert culprit.blocked_s > 1.0
     assert boiler.blocked == 0
+
+
+async def test_what_lasts_is_told_while_it_lasts_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_watch, "LASTING_S", 1.0)
+    told: list[tuple[str, Stall]] = []
+    watch = LoopWatch(
+        lambda stall: told.append(("ended", stall)), lambda stall: told.append(("lasts", stall))
+    )
+    watch.start()
+    try:
+        await asyncio.sleep(0.1)
+        driver = blocking(2.5)
+        await driver.read(driver.points)
+        assert [how for how, _ in told] == ["lasts"]  # by the thread: the loop has not turned since
+        async with asyncio.timeout(10):
+            while len(told) < 2:  # noqa: ASYNC110 - what is waited for is told by a thread
+                await asyncio.sleep(0.05)
+    finally:
+        watch.stop()
+    (_, lasting), (how, ended) = told
+    assert how == "ended"
+    assert lasting.device == ended.device == "boiler"
+    assert lasting.told_s == 0.0
+    assert ended.told_s == lasting.lasted_s < ended.lasted_s
+
+
+async def test_a_driver_that_never_returns_is_named_before_the_agent_is_killed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bad_drivers.install(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path.cwd())]))
+    table = devices(tmp_path, "block", isolate=False)
+    async with running(tmp_path, table.replace("for_s = 2.0", "for_s = 3600.0")) as agent:
+        await agent.until(lambda: "culprit: first scan" in agent.log)
+        (tmp_path / "now").touch()
+        await agent.until(lambda: "it has not ended yet" in agent.log)
+        await agent.until(lambda: (found := status_file.read(agent.state)) and found.devices[1].blocked)
+        await agent.end(signal.SIGKILL)
+        assert re.search(r"ERROR +device culprit .* at fakes/bad_drivers\.py:\d+ in misbehave", agent.log)
+    status = status_file.read(agent.state)
+    assert status is not None
+    assert status.devices[1].blocked == 1
+    assert status.devices[1].blocked_s >= 10.0
+    assert any("culprit" in str(p) for p in problems(status, running=True, now_ns=time.time_ns()))
 
 
 def test_what_blocked_is_a_problem_for_an_hour() -> None:
