@@ -33,6 +33,8 @@ LONGEST_RETRY_AFTER_S: Final = 86_400.0  #: a server that asks for more is asked
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRIED: Final = 4  #: addresses of one name
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  #: RFC 6052: an IPv4 address within
+_NAT64_OWN: Final = ipaddress.IPv6Network("64:ff9b:1::/48")  #: RFC 8215: a network's own translation
+_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")  #: RFC 4291 2.5.5.1: deprecated
 
 _HOST: Final = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
 
@@ -66,7 +68,12 @@ def literal(host: str) -> Address | None:
 
 def has_host(url: httpx.URL) -> bool:
     """Whether a host stands there that may be looked for: a name (RFC 1123, or with underscores), or an address."""
-    return literal(url.host) is not None or _HOST.fullmatch(url.raw_host) is not None
+    if url.port is not None and not 0 < url.port <= 65_535:
+        return False
+    if literal(url.host) is not None:
+        return True
+    labels = url.raw_host.removesuffix(b".").split(b".")
+    return _HOST.fullmatch(url.raw_host) is not None and all(0 < len(label) <= 63 for label in labels)
 
 
 def is_private(address: Address) -> bool:
@@ -77,6 +84,8 @@ def is_private(address: Address) -> bool:
             within = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
         if within is not None:
             return is_private(within)
+        if address.is_site_local or address in _NAT64_OWN or address in _COMPATIBLE:
+            return True
     return not address.is_global or address.is_multicast
 
 
@@ -115,7 +124,11 @@ class _Backend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         written = literal(host)
-        addresses = [host.strip("[]")] if written is not None else await self._network.resolve(host, port)
+        addresses = (
+            [host.strip("[]").replace("%25", "%")]
+            if written is not None
+            else await self._network.resolve(host, port)
+        )
         for each in addresses:
             address = literal(each)
             if address is None or (
@@ -228,6 +241,8 @@ class Fetcher:
             body += chunk if unpack is None else unpack.decompress(chunk, max_bytes - len(body) + 1)
             if len(body) > max_bytes:
                 raise too_large
+            if unpack is not None and unpack.unused_data:
+                raise FetchError(f"{url.host}: something follows the packed document", Reason.FRAMING)
         if unpack is not None and body and not unpack.eof:
             raise FetchError(f"{url.host}: the packed document is cut short", Reason.FRAMING)
         return bytes(body)

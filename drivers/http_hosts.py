@@ -107,7 +107,7 @@ class Hosts:
             else:
                 host.robots_until_s = self._clock_s() + _UNREACHABLE_S
                 return
-        host.robots = Rules(body)
+        host.robots = await asyncio.to_thread(Rules, body)  # half a second for one of hostile length
         host.crawl_delay_s = host.robots.crawl_delay_s
         host.robots_until_s = self._clock_s() + _KEPT_S
 

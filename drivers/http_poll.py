@@ -19,6 +19,7 @@ import base64
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -46,8 +47,13 @@ _IN_THREAD_BYTES: Final = 32_768  #: a larger document is decoded beside the eve
 _BACKOFF_CAP_S: Final = 8.0  #: a device that is back is read within 10 s, where its period is not longer
 _SECRET_BYTES: Final = 8_192
 _OWN_HEADERS: Final = frozenset(
-    {"authorization", "cookie", "host", "proxy-authorization", "accept-encoding", "content-length"}
-)
+    {
+        "authorization", "cookie", "host", "proxy-authorization", "accept-encoding", "content-length", "connection",
+        "if-match", "if-modified-since", "if-none-match", "if-range", "if-unmodified-since", "range", "te",
+        "transfer-encoding", "upgrade", "user-agent",
+    }
+)  # fmt: skip
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  #: a header's name (RFC 9110 5.6.2)
 
 
 class HttpPollOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,8 +172,10 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
             raise ConfigError(f"options.url: #{url.fragment} is never sent to a server; leave it out")
         for key, value in self.options.headers.items():
             if key.lower() in _OWN_HEADERS:
-                raise ConfigError(f"options.headers: {key} is not set here; a credential goes into auth")
-            if not (key + value).isascii() or not (key + value).isprintable() or not key or " " in key:
+                raise ConfigError(
+                    f"options.headers: {key} is not set here; a credential goes into auth, a name into user_agent"
+                )
+            if not _TOKEN.fullmatch(key) or not _sendable(value) or value != value.strip():
                 raise ConfigError(f"options.headers: {key!r} is no header that can be sent")
         if not self.options.user_agent.isascii() or not self.options.user_agent.isprintable():
             raise ConfigError("options.user_agent: plain ASCII only")
@@ -188,6 +196,13 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
             raise ConfigError('options.auth_user belongs to auth = "basic", and is needed there')
         if (options.auth == "header") != bool(options.auth_header):
             raise ConfigError('options.auth_header belongs to auth = "header", and is needed there')
+        if options.auth_header and (
+            not _TOKEN.fullmatch(options.auth_header)
+            or options.auth_header.lower() in _OWN_HEADERS - {"authorization", "cookie"}
+        ):
+            raise ConfigError(f"options.auth_header: {options.auth_header!r} is no header for a credential")
+        if ":" in options.auth_user or not options.auth_user.isprintable():
+            raise ConfigError(f"options.auth_user: {options.auth_user!r} cannot be sent (RFC 7617)")
         written = http_fetch.literal(self._url.host)
         near = options.allow_private or (written is not None and http_fetch.is_private(written))
         if self._url.scheme == "http" and not near:
@@ -220,7 +235,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
                 why = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
                 raise ConfigError(f"options.secret_file: {where} cannot be read: {why}") from err
         secret = secret.strip()
-        if not secret or not secret.isprintable():
+        if not secret or not secret.isprintable() or (options.auth != "basic" and not secret.isascii()):
             raise ConfigError(f"options.auth: {where} holds no secret that can be sent")
         match options.auth:
             case "basic":
@@ -293,8 +308,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
             seen = msgspec.msgpack.decode(remembered, type=Seen)
         except (ValueError, RecursionError):  # msgspec.DecodeError is a ValueError, text that is none another
             return
-        validators = seen.etag + seen.modified
-        if seen.about == self._about and validators.isascii() and validators.isprintable():
+        if seen.about == self._about and _sendable(seen.etag + seen.modified):
             self._seen = self._told_seen = seen
 
     # --- one poll ---
@@ -328,6 +342,8 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         taken_at_ns = boot_ns()
         self._failures = 0
         if document.status == 304:
+            if not (self._seen.etag or self._seen.modified) or options.live:
+                raise FetchError(f"{self._url.host} answered 304 to a question for the whole", Reason.FRAMING)
             return self._unchanged(taken_at_ns, document.headers)
         return await self._scan_of(document, taken_at_ns)
 
@@ -336,8 +352,8 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         headers = document.headers
         seen = Seen(
             self._about,
-            headers.get("etag", "")[:512],
-            headers.get("last-modified", "")[:64],
+            _validator(headers.get("etag", ""), 512),
+            _validator(headers.get("last-modified", ""), 64),
             digest,
             self._seen.told,
         )
@@ -465,6 +481,15 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
     def _bad(self, taken_at_ns: int, reason: Reason) -> Scan:
         count = len(self.points)
         return Scan(taken_at_ns, self.points, [None] * count, dict.fromkeys(range(count), reason))
+
+
+def _sendable(text: str) -> bool:
+    return text.isascii() and text.isprintable()
+
+
+def _validator(told: str, most: int) -> str:
+    """An ETag or a Last-Modified as it may be sent back; a part of one would be another."""
+    return told if len(told) <= most and _sendable(told) else ""
 
 
 def _charset(content_type: str) -> str:

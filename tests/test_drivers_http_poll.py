@@ -649,6 +649,55 @@ async def test_a_packed_body_is_unpacked_up_to_the_limit_and_a_bomb_goes_no_furt
         assert "not asked for" in str(await failure(driver_of(it)))
 
 
+@pytest.mark.parametrize("packing", ["gzip", "deflate"])
+async def test_what_follows_a_packed_document_is_not_gathered(packing: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield gzip.compress(b'{"a": 1, "b": 2}') if packing == "gzip" else zlib.compress(b'{"a": 1, "b": 2}')
+        while True:
+            yield bytes(65_536)
+
+    async with station() as it:
+        it.reply = lambda asked: Reply(headers={"Content-Encoding": packing}, chunks=chunks)
+        err = await failure(driver_of(it))
+        assert err.reason is Reason.FRAMING
+        assert "follows" in str(err)
+        assert it.sent_bytes < 32_000_000
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:99999/", "http://a..b/", f"http://{'a' * 64}.b/"])
+async def test_a_redirect_to_what_can_be_no_host_is_refused(location: str) -> None:
+    async with station() as it:
+        it.reply = lambda asked: Reply(status=302, headers={"Location": location})
+        assert (await failure(driver_of(it, allow_private=True))).reason is Reason.REFUSED
+
+
+@pytest.mark.parametrize("tag", ['"\xe9"', '"a\tb"', f'"{"a" * 600}{{n}}"'])
+async def test_an_etag_that_cannot_be_sent_back_whole_is_not_and_hides_no_document(tag: str) -> None:
+    async with station() as it:
+        it.reply = lambda asked: Reply(
+            b'{"a": %d, "b": 2}' % len(it.asked), headers={"ETag": tag.replace("{n}", str(len(it.asked)))}
+        )
+        async with opened(driver_of(it)) as scans:
+            assert [(await following(scans)).values[0] for _ in range(3)] == [1.0, 2.0, 3.0]
+    assert all("if-none-match" not in asked.headers for asked in it.asked)
+
+
+async def test_a_304_that_was_not_asked_for_is_framing() -> None:
+    async with station() as it:
+        it.reply = lambda asked: Reply(status=304)
+        assert (await failure(driver_of(it))).reason is Reason.FRAMING
+
+
+async def test_a_secret_that_no_header_can_carry_stops_the_device_and_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADGATE_TEST_SECRET", "s3cr\xe9t")
+    async with station() as it:
+        with pytest.raises(ConfigError, match="no secret that can be sent") as caught:
+            await driver_of(it, auth="bearer", secret_env="HEADGATE_TEST_SECRET").connect()
+    assert "s3cr" not in str(caught.value)
+
+
 async def test_a_body_that_trickles_is_cut_at_the_deadline() -> None:
     async def trickle() -> AsyncIterator[bytes]:
         while True:
@@ -669,6 +718,7 @@ async def test_a_body_that_trickles_is_cut_at_the_deadline() -> None:
         ("127.0.0.1", True), ("10.1.2.3", True), ("192.168.0.1", True), ("172.16.0.1", True), ("169.254.1.1", True),
         ("100.64.0.1", True), ("0.0.0.0", True), ("224.0.0.1", True), ("::1", True), ("fd00::1", True),
         ("fe80::1", True), ("::ffff:10.0.0.1", True), ("64:ff9b::a00:1", True), ("2002:a00:1::", True),
+        ("64:ff9b:1::a00:1", True), ("::10.0.0.1", True), ("fec0::1", True),
         ("8.8.8.8", False), ("2606:4700::1111", False), ("64:ff9b::808:808", False), ("::ffff:8.8.8.8", False),
     ],
 )  # fmt: skip
@@ -928,6 +978,13 @@ async def test_the_period_has_jitter() -> None:
         ({"period_s": 10.0, "stale_after_s": 5.0}, "always be stale"),
         ({"headers": {"Authorization": "x"}}, "goes into auth"),
         ({"headers": {"X": "a\r\nY: b"}}, "no header that can be sent"),
+        ({"url": "http://x:99999/"}, "begins with http"),
+        ({"url": "http://a..b/"}, "begins with http"),
+        ({"headers": {"X:": "a"}}, "no header that can be sent"),
+        ({"headers": {"X": " a "}}, "no header that can be sent"),
+        ({"headers": {"If-None-Match": "x"}}, "not set here"),
+        ({"auth": "header", "secret_env": "B", "auth_header": "X\r\nY"}, "options.auth_header"),
+        ({"auth": "basic", "secret_env": "B", "auth_user": "a:b"}, "options.auth_user"),
         ({"auth": "bearer"}, "secret_file and secret_env"),
         ({"auth": "bearer", "secret_file": "a", "secret_env": "B"}, "secret_file and secret_env"),
         ({"auth": "basic", "secret_env": "B"}, "auth_user"),
