@@ -29,7 +29,7 @@ from drivers.framing import (
     StartStopFramer,
 )
 from drivers.patterns import Found, Pattern, compile_pattern
-from drivers.serial_port import Flow, Parity, PortSettings, refuse_bad_name
+from drivers.serial_port import MARK, Flow, Parity, PortSettings, refuse_bad_name
 
 Framing = Literal["delimiter", "fixed", "length", "start_stop", "gap"]
 Protocol_ = Literal["none", "nmea0183", "dsmr", "toledo", "and", "cas", "sbi", "ohaus"]
@@ -496,6 +496,8 @@ class Lines:
 
     def read(self, body: bytes) -> Said:
         options = self._options
+        if options.parity != "none" and MARK in body:
+            return self.lost(Reason.FRAMING) or Heard((), Reason.FRAMING)
         try:
             text = body.decode(options.encoding).strip(self._blank)
         except UnicodeDecodeError:

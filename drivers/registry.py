@@ -127,5 +127,6 @@ def _converted(table: Mapping[str, object], to: type[_StructT], where: str, path
             what = ": ".join(filter(None, (err.path, err.text)))
         formerly: Mapping[str, str] = getattr(to, "formerly", {})
         now = formerly.get(err.path) or formerly.get(f"{err.path} = {table.get(err.path)}")
-        what += f"; it is now {now}" if now else ""
+        if now:
+            what = f"{re.split('; did you mean| .valid:', what)[0]}; it is now {now}"
         raise TableError(f"{where}: {what}", f"{path}.{err.path}".rstrip(".")) from err

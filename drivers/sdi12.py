@@ -149,7 +149,7 @@ def answer_in(heard: bytes, command: bytes) -> tuple[bytes, int] | None:
     end = heard.find(b"\r\n", begin)
     if end < 0:
         return None
-    line = heard[begin:end].lstrip(b"\0\xff")
+    line = heard[begin:end].lstrip(b"\0\x7f\xff")
     return line, end + 2
 
 

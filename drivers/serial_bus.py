@@ -146,7 +146,9 @@ class Wire(Heard):
 
     def __init__(self, port: str, settings: PortSettings) -> None:
         super().__init__(port, settings)
-        self._serial: serial.Serial = open_port(port, settings, self._skip)
+        self._serial: serial.Serial = open_port(
+            port, settings, self._skip, mark_damaged=settings.data_bits == 7
+        )
         self._fd = self._serial.fileno()
         self._loop.add_reader(self._fd, self._readable)
 

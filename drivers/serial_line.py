@@ -160,7 +160,9 @@ class SerialLineDriver(PushDriver[SerialLineOptions, SerialLinePoint]):
     async def connect(self) -> None:
         await self.close()
         loop = asyncio.get_running_loop()
-        port = open_port(self.options.port, self.options.settings, self._skipped)
+        # In a binary frame a mark would be data (0xFF comes twice then): its check must do.
+        text = self.options.content == "text"
+        port = open_port(self.options.port, self.options.settings, self._skipped, mark_damaged=text)
         self._serial, self._fd = port, port.fileno()
         self._framer = self._questions[0].dialect.framer(self.counts, in_step=False)
         self._question = None if self._asks else self._questions[0]

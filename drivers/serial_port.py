@@ -259,9 +259,12 @@ def _key_of(port: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- opening
 
 
-def open_port(port: str, settings: PortSettings, skipped: Callable[[int], None]) -> serial.Serial:
-    """The port, ours alone, never blocking. `skipped` is told how many bytes had been waiting. Raises
-    `DeviceUnreachable`, `ConfigError`, with the remedy."""
+def open_port(
+    port: str, settings: PortSettings, skipped: Callable[[int], None], *, mark_damaged: bool = False
+) -> serial.Serial:
+    """The port, ours alone, never blocking. `skipped` is told how many bytes had been waiting. `mark_damaged`: where
+    there is parity, a character that fails it comes as `MARK` and itself. Raises `DeviceUnreachable`, `ConfigError`,
+    with the remedy."""
     import serial
 
     class Port(serial.Serial):
@@ -278,6 +281,8 @@ def open_port(port: str, settings: PortSettings, skipped: Callable[[int], None])
                 # changed. Where something was, it takes the same without a word; so do we, in both cases aloud.
                 if exc.args[0] != errno.EINVAL or not _has_speed(self.fd, self.baudrate):
                     raise
+            if mark_damaged and settings.parity != "none" and self.fd is not None:
+                _mark_damaged(self.fd)
             _say_what_is_dropped(port, self.fd, settings)
 
     device = resolve(port)
@@ -321,6 +326,17 @@ def _say_what_is_dropped(port: str, fd: int | None, settings: PortSettings) -> N
             port,
             settings,
         )
+
+
+#: What stands before a character that came with a wrong parity or stop bit (termios(3), PARMRK).
+MARK: Final = b"\xff\0"
+
+
+def _mark_damaged(fd: int) -> None:
+    """pyserial has the parity computed and never looked at: a damaged character would come like any other."""
+    attributes = termios.tcgetattr(fd)
+    attributes[0] |= termios.INPCK | termios.PARMRK
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
 
 
 def _absent(port: str) -> DeviceUnreachable:

@@ -8,6 +8,7 @@ import random
 import re
 import struct
 import sys
+import termios
 import time
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -218,6 +219,30 @@ async def test_a_field_that_does_not_read_is_decode_and_an_absent_one_is_missing
         {0: Reason.NAN, 1: Reason.DECODE},
         {0: Reason.INFINITE, 1: Reason.DECODE},
     ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+async def test_a_line_with_a_character_of_wrong_parity_is_framing(
+    encoding: str, instrument: SerialInstrument
+) -> None:
+    """A pty has no parity: the port is asked to mark such characters, and here is such a mark."""
+    table = {"data_bits": 7, "parity": "even", "encoding": encoding, "pattern": r"(?P<x>\d+)"}
+    options = msgspec.convert({"port": instrument.port, **table}, SerialLineOptions)
+    driver = SerialLineDriver("parity", options, [P(name="x")])
+    async with opened(driver) as scans:
+        flags = termios.tcgetattr(driver._fd)[0]
+        assert flags & termios.INPCK
+        assert flags & termios.PARMRK
+        instrument.noise(b"\n12\xff\x0034\n567\n")
+        assert [(await following(scans)).values for _ in range(2)] == [[None], [567]]
+
+
+async def test_binary_frames_hold_any_byte_whatever_the_parity(instrument: SerialInstrument) -> None:
+    options = msgspec.structs.replace(binary_driver(instrument).options, parity="even")
+    driver = SerialLineDriver("meter", options, binary_driver(instrument).points)
+    async with opened(driver) as scans:
+        instrument.send(binary_frame(0xFFFF, 2.5, 0xFF00FF00))
+        assert (await following(scans)).values == [0xFFFF, 2.5, 0xFF00FF00]
 
 
 @pytest.mark.parametrize(
