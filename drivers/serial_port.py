@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 65_536  #: one read takes all that a tty holds (N_TTY_BUF_SIZE is 4,096) and more
+_AWAY_AT_MOST_BYTES: Final = 1 << 20
 RETRY_WITHIN_S: Final = (
     3.0  #: looking for a port that is not plugged in costs nothing; back within 5 s of a replug
 )
@@ -361,10 +362,11 @@ def _opening_failed(port: str, exc: Exception) -> DeviceUnreachable | ConfigErro
 
 
 def read_away(fd: int) -> int:
-    """How many bytes were waiting; they are gone now."""
+    """How many bytes were waiting; they are gone now. A tty holds no more than this; one that is filled faster than it
+    is read does not hold us."""
     skipped = 0
     try:
-        while chunk := os.read(fd, READ_BYTES):
+        while skipped < _AWAY_AT_MOST_BYTES and (chunk := os.read(fd, READ_BYTES)):
             skipped += len(chunk)
     except BlockingIOError:
         pass

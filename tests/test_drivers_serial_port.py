@@ -476,3 +476,10 @@ async def test_two_adapters_that_swapped_their_kernel_names_keep_their_devices(
     assert not serial_bus._buses
     for master in masters.values():
         os.close(master)
+
+
+def test_what_is_thrown_away_is_bounded_though_more_comes_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "read", lambda fd, size: bytes(size))  # no real line is as fast
+    assert serial_port.read_away(0) <= 2 << 20
