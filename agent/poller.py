@@ -57,6 +57,9 @@ _T = TypeVar("_T")
 BACKOFF_CAP_S: Final = 8.0  #: with the wait for a slot, a device that is back is read within 10 s
 RESTART_MIN_S: Final = 1.0
 RESTART_CAP_S: Final = 60.0  #: a driver that fails by itself is restarted no more rarely than this
+_PROVEN_S: Final = (
+    10.0  #: one that has run for so long is restarted at once again; one good scan proves nothing
+)
 DEADLINE_S: Final = 5.0  #: of a read, where nothing is configured and the period is shorter
 LONGEST_DEADLINE_S: Final = 30.0
 CLOSE_S: Final = 2.0  #: for a driver to let go of its device; leaving takes at most 5 s in all
@@ -216,7 +219,8 @@ class DevicePoller:
         self._packings: dict[tuple[str, ...], Packing] = {}
         self._schedule = Schedule(plan.period_s, plan.phase_s)
         self._attempt = 0  #: since the last good scan
-        self._faults = 0  #: since the last good scan
+        self._faults = 0  #: of drivers that did not run for long
+        self._built_s = -math.inf  #: when the present driver was
         self._trouble_since_s: float | None = None
         self._bad_kept_s = -math.inf  #: when the last scan of a failed attempt was kept
         self._bad_in_a_row = 0
@@ -312,6 +316,7 @@ class DevicePoller:
             while True:
                 try:
                     if broken:
+                        self._built_s = asyncio.get_running_loop().time()
                         self._driver = self.plan.build()
                         self._points = tuple(self._driver.points)
                         self._rules = Rules(self._points)
@@ -607,7 +612,7 @@ class DevicePoller:
 
     def _well(self, first: str) -> None:
         """The device is fine; said once, as `first` where it was never otherwise."""
-        self._attempt = self._faults = self._bad_in_a_row = 0
+        self._attempt = self._bad_in_a_row = 0
         if not self.gauge.enter(State.OK):
             return
         now_s = asyncio.get_running_loop().time()
@@ -668,6 +673,8 @@ class DevicePoller:
         else:
             log.debug("%s: %s", self.plan.name, why)
         self._keep_bad(Reason.DRIVER)
+        if asyncio.get_running_loop().time() - self._built_s > _PROVEN_S:
+            self._faults = 0
         wait_s = RESTART_MIN_S / 10 + full_jitter(self._faults, RESTART_MIN_S, RESTART_CAP_S, self._rng)
         self._faults += 1
         return wait_s

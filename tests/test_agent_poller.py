@@ -37,6 +37,7 @@ from drivers.contract import (
 )
 from drivers.registry import AnyDriver
 from sync.wire import Layout, Packing, ScanFrame, decode_frame, layout_id, unpack_reasons
+from tests.fakes.quick_loop import run_quickly
 
 POINTS = (Point(name="a", type=ValueType.U16, valid_max=1000), Point(name="b", type=ValueType.U16))
 
@@ -529,6 +530,32 @@ async def test_whatever_a_driver_does_wrong_stays_with_its_device(outcome: Scan 
         await until(lambda: second.reads >= 2)
     assert store.kept[0].reasons == {0: Reason.DRIVER, 1: Reason.DRIVER}
     assert all(kept.values[0] == n for n, kept in enumerate(store.kept[1:], start=1))
+
+
+@pytest.mark.parametrize(
+    ("reads", "at_least", "at_most"),
+    [(1, 60, 250), (60, 45, 60)],
+    ids=["fails after one good read", "runs for a minute each time"],
+)
+def test_a_driver_that_fails_again_and_again_is_restarted_ever_more_rarely(
+    reads: int, at_least: int, at_most: int
+) -> None:
+    """One good scan proves nothing: a process each second would be all that a small board can do."""
+
+    async def one_more(n: int) -> Scan:
+        await asyncio.sleep(0)
+        if n > reads:
+            raise ZeroDivisionError("again")
+        return scan_of(n, n)
+
+    async def hour() -> int:
+        poller = poller_of(Asked(one_more), ListStore(), period_s=1.0, build=lambda: Asked(one_more))
+        async with running(poller):
+            await asyncio.sleep(3600.0)
+        return poller.gauge.health.restarts
+
+    restarts, _ = run_quickly(hour())
+    assert at_least <= restarts <= at_most
 
 
 async def test_a_driver_that_cannot_even_close_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
