@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import click
 import msgspec
@@ -66,6 +66,10 @@ def scan() -> None:
 @click.option("--parity", "parities", multiple=True, type=click.Choice(["none", "even", "odd"]))
 @click.option("--stop-bits", type=click.IntRange(1, 2))
 @click.option(
+    "--framing", type=click.Choice(["rtu", "ascii", "tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"]),
+    help="Unset: rtu on a port (ascii too with --full); tcp to a host, and the others where only one host is named.",
+)  # fmt: skip
+@click.option(
     "--fast", is_flag=True, help="Units 1-32, and little patience: devices that answer within 80 ms."
 )
 @click.option("--slow", is_flag=True, help="Much patience: devices that take up to 600 ms.")
@@ -73,8 +77,8 @@ def scan() -> None:
 @click.option("--first", is_flag=True, help="Stop at the first device.")
 def modbus(
     way: Way, ports: tuple[str, ...], hosts: tuple[str, ...], networks: tuple[str, ...], tcp_port: int,
-    units: str | None, bauds: tuple[int, ...], parities: tuple[str, ...], stop_bits: int | None, *, fast: bool,
-    slow: bool, full: bool, first: bool, as_json: bool,
+    units: str | None, bauds: tuple[int, ...], parities: tuple[str, ...], stop_bits: int | None,
+    framing: str | None, *, fast: bool, slow: bool, full: bool, first: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Find Modbus devices on serial ports and networks, tell what they are, and propose a profile.
 
@@ -88,7 +92,8 @@ def modbus(
     wanted = Wanted(
         ports=ports, hosts=hosts, networks=networks, tcp_port=tcp_port, units=units, bauds=bauds,
         parities=tuple(technician.parity_letter(word) for word in parities), stop_bits=stop_bits,
-        turnaround_s=_FAST_S if fast else _SLOW_S if slow else _TURNAROUND_S, low_units=fast, full=full, first=first,
+        framing=framing, turnaround_s=_FAST_S if fast else _SLOW_S if slow else _TURNAROUND_S, low_units=fast,
+        full=full, first=first,
     )  # fmt: skip
     technician.run(search_all(way, as_json=as_json, searches=[lambda search: search_modbus(search, wanted)]))
 
@@ -149,6 +154,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     bauds: tuple[int, ...] = ()
     parities: tuple[str, ...] = ()
     stop_bits: int | None = None
+    framing: str | None = None
     turnaround_s: float
     low_units: bool = False
     full: bool = False
@@ -303,6 +309,13 @@ def _next_steps(number: int, one: FoundDevice) -> list[str]:
 
 async def search_modbus(search: Search, wanted: Wanted) -> None:
     hosts = _hosts(wanted)
+    if wanted.framing is not None:
+        of_port = wanted.framing in ("rtu", "ascii")
+        if hosts if of_port else wanted.ports or not hosts:
+            raise Cannot(
+                f"--framing {wanted.framing} is spoken on a serial port, not by a host" if of_port else
+                f"--framing {wanted.framing} needs --host or --network, and no --port"
+            )  # fmt: skip
     if not hosts and not wanted.ports:
         ports = await _all_ports(search)
         if not ports:
@@ -317,12 +330,17 @@ async def search_modbus(search: Search, wanted: Wanted) -> None:
         await _scan_hosts(search, wanted, hosts)
 
 
+_HostFraming: TypeAlias = Literal["tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"]
+
+
 def _hosts(wanted: Wanted) -> list[HostPort]:
     """Raises `Cannot`."""
     found: dict[HostPort, None] = {}
+    framing = cast(_HostFraming, "tcp" if wanted.framing in (None, "rtu", "ascii") else wanted.framing)
     for host in wanted.hosts:
         at = technician.host_port(host)
-        found[at if at.port != technician.MODBUS_PORT else HostPort(at.host, wanted.tcp_port)] = None
+        port = at.port if at.port != technician.MODBUS_PORT else wanted.tcp_port
+        found[HostPort(at.host, port, framing)] = None
     for network in wanted.networks:
         try:
             hosts = ipaddress.ip_network(network, strict=False)
@@ -332,7 +350,7 @@ def _hosts(wanted: Wanted) -> list[HostPort]:
             raise Cannot(
                 f"--network {network} has {hosts.num_addresses} addresses; at most {_MOST_HOSTS} at once"
             )
-        found.update((HostPort(str(host), wanted.tcp_port), None) for host in hosts.hosts())
+        found.update((HostPort(str(host), wanted.tcp_port, framing), None) for host in hosts.hosts())
     return list(found)
 
 
@@ -355,7 +373,9 @@ class _Hit(msgspec.Struct, frozen=True):
 async def _scan_ports(search: Search, wanted: Wanted, ports: Sequence[str]) -> None:
     held = {one.claim.key: one for one in await search.field.lines()}
     units = _units(wanted.units, low=wanted.low_units)
-    chosen = plan.settings_of(wanted.bauds, wanted.parities, wanted.stop_bits, full=wanted.full)
+    chosen = plan.settings_of(
+        wanted.bauds, wanted.parities, wanted.stop_bits, full=wanted.full, framing=wanted.framing
+    )
     sweeps: list[tuple[str, plan.Sweep]] = []
     for port in ports:
         settings = _settings_of_held(search, port, chosen, held)
@@ -411,8 +431,9 @@ def _settings_of_held(
     words = line.claim.settings.split()
     devices = ", ".join(line.devices)
     try:
-        setting = Setting(int(words[0]), words[2][1], int(words[2][2]))
-    except (ValueError, IndexError):
+        framing = cast(Literal["rtu", "ascii"], {"rtu": "rtu", "ascii": "ascii"}[words[3]])
+        setting = Setting(int(words[0]), words[2][1], int(words[2][2]), int(words[2][0]), framing)
+    except (ValueError, LookupError):
         raise Cannot(
             f"{port} is in use by {devices} ({line.claim.settings}); it is not a Modbus line"
         ) from None
@@ -428,7 +449,8 @@ async def _sweep_port(
     opened = False
     while (ask := sweep.next()) is not None:
         progress.at(sweep.left_s() + rest_s, f"{ask.setting}, unit {ask.unit}, {len(hits)} found")
-        address = SerialPort(port, ask.setting.baud, ask.setting.parity, ask.setting.stop_bits)
+        at = ask.setting
+        address = SerialPort(port, at.baud, at.parity, at.stop_bits, at.data_bits, at.framing)
         try:
             reply = await _ask_for_anything(search, address, ask.unit, ask.timeout_s)
         except ConfigError as err:
@@ -475,10 +497,12 @@ def _heard(reply: Reply) -> Heard:
 
 
 async def _scan_hosts(search: Search, wanted: Wanted, hosts: Sequence[HostPort]) -> None:
-    single = len(hosts) == 1 and not wanted.networks
+    thorough = len(hosts) == 1 and not wanted.networks and wanted.framing is None
     rounds = -(-len(hosts) // _AT_ONCE)
     # The slowest host takes the connection and is silent to each unit; most refuse at once.
     worst_s = rounds * (_HOST_CONNECT_S + len(_HOST_UNITS) * _HOST_REPLY_S)
+    if thorough:
+        worst_s += (2 + len(_HOST_UNITS)) * _HOST_REPLY_S
     search.estimate_s += worst_s
     search.tell(
         f"{len(hosts)} host{'s' * (len(hosts) != 1)}: at most {technician.duration(worst_s)}, and longer where one of "
@@ -493,7 +517,7 @@ async def _scan_hosts(search: Search, wanted: Wanted, hosts: Sequence[HostPort])
     async def one(host: HostPort) -> None:
         nonlocal done
         async with gate:
-            hit = await _ask_host(search, host, silent, tell=single)
+            hit = await _ask_host(search, host, silent, thorough=thorough)
         done += 1
         if hit is not None:
             hits.append(hit)
@@ -530,28 +554,39 @@ async def _all_of(work: Iterable[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _ask_host(search: Search, host: HostPort, silent: list[HostPort], *, tell: bool) -> _Hit | None:
-    """Who answers there. A host that is silent as Modbus TCP is tried as a serial line behind it, if it is the only
-    one asked."""
-    framings: tuple[HostPort, ...] = (host,)
-    if tell:
-        framings = (host, HostPort(host.host, host.port, "rtu_over_tcp"))
+_OTHER_FRAMINGS: Final[tuple[_HostFraming, ...]] = ("rtu_over_tcp", "ascii_over_tcp", "udp")
+
+
+async def _ask_host(search: Search, host: HostPort, silent: list[HostPort], *, thorough: bool) -> _Hit | None:
+    """Who answers there. The only host that is asked, where it is silent as Modbus TCP, is asked as a serial line
+    behind a transparent gateway, and over UDP."""
+    took: HostPort | None = None  #: it was silent there, and there was somebody
+    why = ""
+    framings = [host]
+    if thorough and host.framing == "tcp":
+        framings += [HostPort(host.host, host.port, framing) for framing in _OTHER_FRAMINGS]
     for at in framings:
-        for unit in _HOST_UNITS if at.framing == "tcp" else (1,):
+        if why and at.framing != "udp":
+            continue  # TCP is refused, whatever is sent over it
+        for unit in _HOST_UNITS if at.has_transactions else (1,):
             try:
                 reply = await _ask_for_anything(search, at, unit, _HOST_REPLY_S)
             except LineTaken as err:
                 search.note(str(err))
                 return None
             except (DeviceUnreachable, ConfigError) as err:
-                if tell:
-                    search.note(str(err))
-                return None
+                why = why or str(err)
+                break
             if technician.answered(reply):
                 return _Hit(at, unit, reply)
+            if at.framing != "udp":
+                took = took or at
             if isinstance(reply, Failure) and reply.reason is Reason.DISCONNECTED:
                 break
-    silent.append(host)
+    if took is not None:
+        silent.append(took)
+    elif why and thorough:
+        search.note(why)
     return None
 
 

@@ -39,6 +39,7 @@ from drivers.simulator import SimulatorDriver, SimulatorOptions, SimulatorPoint,
 if TYPE_CHECKING:
     from pymodbus.constants import ExcCodes
     from pymodbus.simulator import SimDevice
+    from pymodbus.simulator.simcore import SimCore
 
 _BRIDGED: Final = (
     32  #: registers between two points that are served too: the driver reads along what is this narrow
@@ -434,6 +435,35 @@ def _sim_devices(line: Line, on_write: WrittenTo) -> list[SimDevice]:
     return made
 
 
+class _OnlyItsUnits:
+    """The simulator's memory asks unit 0 for every unit that it has not, and answers "device failed" where there is
+    none: a scan would find 247 devices on the line of one."""
+
+    def __init__(self, memory: SimCore) -> None:
+        self._memory = memory
+
+    def device_ids(self) -> list[int]:
+        return self._memory.device_ids()
+
+    async def async_getValues(  # noqa: N802 - the server's own name
+        self, device_id: int, func_code: int, address: int, count: int = 1
+    ) -> list[int] | list[bool] | ExcCodes:
+        self._check(device_id)
+        return await self._memory.async_getValues(device_id, func_code, address, count)
+
+    async def async_setValues(  # noqa: N802 - the server's own name
+        self, device_id: int, func_code: int, address: int, values: list[int] | list[bool]
+    ) -> ExcCodes | None:
+        self._check(device_id)
+        return await self._memory.async_setValues(device_id, func_code, address, values)
+
+    def _check(self, unit: int) -> None:
+        from pymodbus.exceptions import NoSuchIdException
+
+        if unit not in self._memory.device_ids():
+            raise NoSuchIdException(f"no unit {unit}")
+
+
 _TABLE_OF: Final = {
     1: Table.COIL, 2: Table.DISCRETE, 3: Table.HOLDING, 4: Table.INPUT,
     5: Table.COIL, 15: Table.COIL, 6: Table.HOLDING, 16: Table.HOLDING,
@@ -509,6 +539,7 @@ async def serve(
             serial = ModbusSerialServer(
                 devices, framer=framer, identity=identity, port=theirs, ignore_missing_devices=True
             )
+            serial.context = _OnlyItsUnits(serial.context)  # type: ignore[assignment, arg-type]
             await serial.listen()
             await asyncio.sleep(0)  # its transport opens the port in the loop's next turn
             try:
@@ -524,6 +555,7 @@ async def serve(
         address=(bind, port),
         ignore_missing_devices=framer is not FramerType.SOCKET,
     )
+    server.context = _OnlyItsUnits(server.context)  # type: ignore[assignment, arg-type]
     try:
         if not await server.listen():
             raise CannotSimulate(

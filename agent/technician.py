@@ -206,6 +206,7 @@ class LineOptions(msgspec.Struct, frozen=True):
     baud: int | None = None
     parity: str | None = None
     stop_bits: int | None = None
+    data_bits: int | None = None
     framing: str | None = None
     unit: int | None = None
 
@@ -214,14 +215,16 @@ class LineOptions(msgspec.Struct, frozen=True):
         return self.port is not None or self.host is not None
 
     def address(self) -> Address:
-        """Raises `Cannot`. What was not said of a serial port is as most devices have it: 9600 8N1."""
+        """Raises `Cannot`. What was not said of a serial port is as most devices have it: 9600 8N1 (7E1 in ASCII)."""
         if (self.port is None) == (self.host is None):
             raise Cannot("say where: --port /dev/ttyUSB0, or --host 192.0.2.10")
         if self.port is not None:
             if self.framing not in (None, "rtu", "ascii"):
                 raise Cannot(f"--framing {self.framing} needs --host; a serial port speaks rtu or ascii")
+            is_ascii = self.framing == "ascii"
             return SerialPort(
-                self.port, self.baud or 9600, parity_letter(self.parity or "none"), self.stop_bits or 1,
+                self.port, self.baud or 9600, parity_letter(self.parity or ("even" if is_ascii else "none")),
+                self.stop_bits or 1, self.data_bits or _usual_bits(self.framing),
                 framing=cast(Literal["rtu", "ascii"], self.framing or "rtu"),
             )  # fmt: skip
         assert self.host is not None  # noqa: S101 - one of the two, as just checked
@@ -236,12 +239,19 @@ class LineOptions(msgspec.Struct, frozen=True):
         return options_of(self.address(), 1 if self.unit is None else self.unit)
 
 
+def _usual_bits(framing: str | None) -> int:
+    """What the driver takes where nothing is said."""
+    return 7 if framing == "ascii" else 8
+
+
 def options_of(address: Address, unit: int) -> dict[str, Value]:
     told: dict[str, Value]
     if isinstance(address, SerialPort):
         told = {"serial": address.device, "baud": address.baud, "parity": PARITY_WORDS[address.parity]}
         if address.stop_bits != 1:
             told["stop_bits"] = address.stop_bits
+        if address.data_bits != _usual_bits(address.framing):
+            told["data_bits"] = address.data_bits
         if address.framing != "rtu":
             told["framing"] = address.framing
     else:
@@ -265,6 +275,11 @@ def words_of(address: Address, unit: int | None = None) -> list[str]:
             PARITY_WORDS[address.parity],
         ]
         words += ["--stop-bits", str(address.stop_bits)] if address.stop_bits != 1 else []
+        words += (
+            ["--data-bits", str(address.data_bits)]
+            if address.data_bits != _usual_bits(address.framing)
+            else []
+        )
         words += ["--framing", address.framing] if address.framing != "rtu" else []
     else:
         shown = f"[{address.host}]" if ":" in address.host else address.host
@@ -297,7 +312,7 @@ def host_port(text: str, framing: str = "tcp") -> HostPort:
     return HostPort(host, int(port), cast(Literal["tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"], framing))
 
 
-_LINE_KEYS: Final = ("port", "host", "baud", "parity", "stop_bits", "framing", "unit")
+_LINE_KEYS: Final = ("port", "host", "baud", "parity", "stop_bits", "data_bits", "framing", "unit")
 
 
 def line_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,8 +321,11 @@ def line_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--port", help="Serial port: /dev/ttyUSB0, /dev/serial/by-id/..., usb:0403:6001:A10K2X.")
     @click.option("--host", help="Modbus TCP: a host, or host:port (502 unless said).")
     @click.option("--baud", type=click.IntRange(50, 4_000_000), help="Serial: 9600 unless said.")
-    @click.option("--parity", type=click.Choice(["none", "even", "odd"]), help="Serial: none unless said.")
+    @click.option(
+        "--parity", type=click.Choice(["none", "even", "odd"]), help="Serial: none unless said; ascii: even."
+    )
     @click.option("--stop-bits", type=click.IntRange(1, 2), help="Serial: 1 unless said.")
+    @click.option("--data-bits", type=click.IntRange(7, 8), help="Serial: 8 unless said; ascii: 7.")
     @click.option(
         "--framing",
         type=click.Choice(["rtu", "ascii", "tcp", "udp", "rtu_over_tcp", "ascii_over_tcp"]),

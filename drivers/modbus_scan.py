@@ -17,15 +17,16 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 LAST_UNIT: Final = 247  #: Modbus over serial line 1.02, 2.2: individual addresses 1 to 247
 LOW_UNITS: Final = 32  #: asked first at every setting: installers count from 1
 
-_REQUEST_BYTES: Final = 8  #: unit, function, address, quantity, CRC
-_REPLY_BYTES: Final = 7  #: unit, function, byte count, one register, CRC
+_CHARACTERS: Final = {"rtu": 8 + 7, "ascii": 17 + 15}
+"""On the wire: unit, function, address, quantity, check; and unit, function, byte count, one register, check. In ASCII
+two characters a byte, a check of one byte, colon, carriage return and line feed."""
 SETTLE_S: Final = 0.005  #: the line's own pause after a request that was not answered
 OVERHEAD_S: Final = 0.002  #: what a request costs this machine beside the waiting
 
@@ -36,18 +37,24 @@ class Setting(msgspec.Struct, frozen=True):
     baud: int
     parity: str  #: N, E or O
     stop_bits: int = 1
+    data_bits: int = 8
+    framing: Literal["rtu", "ascii"] = "rtu"
 
     @property
     def character_s(self) -> float:
-        return (9 + (self.parity != "N") + self.stop_bits) / self.baud
+        return (1 + self.data_bits + (self.parity != "N") + self.stop_bits) / self.baud
 
     @property
     def silence_s(self) -> float:
         """Between frames (Modbus over serial line 1.02, 2.5.1.1)."""
+        if self.framing == "ascii":
+            return 0.0
         return 0.00175 if self.baud > 19200 else 3.5 * self.character_s
 
     def __str__(self) -> str:
-        return f"{self.baud} 8{self.parity}{self.stop_bits}"
+        return f"{self.baud} {self.data_bits}{self.parity}{self.stop_bits}" + " ascii" * (
+            self.framing == "ascii"
+        )
 
 
 #: The six commonest, likeliest first: what meters, inverters and controllers leave the factory with (the standard's own
@@ -76,6 +83,14 @@ RARE: Final = (
     Setting(38400, "O"),
     Setting(1200, "N"),
 )
+#: Seven bits and even parity are the standard's (Modbus over serial line 1.02, 2.5.2.1); eight are what devices made
+#: for RTU are left at.
+ASCII: Final = (
+    *(Setting(baud, "E", 1, 7, "ascii") for baud in (9600, 19200, 4800, 38400, 2400)),
+    *(Setting(baud, "N", 1, 8, "ascii") for baud in (9600, 19200)),
+    Setting(9600, "O", 1, 7, "ascii"),
+    Setting(9600, "N", 2, 7, "ascii"),
+)
 
 
 class Heard(enum.Enum):
@@ -97,7 +112,7 @@ class Ask(msgspec.Struct, frozen=True):
 
 def timeout_s(setting: Setting, turnaround_s: float) -> float:
     """How long an answer may take: request and reply on the wire, and the device's turnaround."""
-    return (_REQUEST_BYTES + _REPLY_BYTES) * setting.character_s + turnaround_s
+    return _CHARACTERS[setting.framing] * setting.character_s + turnaround_s
 
 
 def cost_s(setting: Setting, turnaround_s: float) -> float:
@@ -129,10 +144,19 @@ def numbers_of(text: str, lowest: int, highest: int, what: str) -> list[int]:
 
 
 def settings_of(
-    bauds: Sequence[int], parities: Sequence[str], stop_bits: int | None, *, full: bool
+    bauds: Sequence[int],
+    parities: Sequence[str],
+    stop_bits: int | None,
+    *,
+    full: bool,
+    framing: str | None = None,
 ) -> list[Setting]:
-    """The settings to try, likeliest first, of those that the caller left open."""
+    """The settings to try, likeliest first, of those that the caller left open. ASCII is rare."""
     known = [*COMMON, *RARE] if full or bauds or parities or stop_bits else list(COMMON)
+    if framing == "ascii":
+        known = list(ASCII)
+    elif full and framing is None:
+        known += ASCII
     chosen = [
         setting
         for setting in known
@@ -144,6 +168,8 @@ def settings_of(
     for baud in bauds:
         for parity in parities or ("N", "E"):
             wanted = Setting(baud, parity, stop_bits or 1)
+            if framing == "ascii":
+                wanted = Setting(baud, parity, stop_bits or 1, 8 if parity == "N" else 7, "ascii")
             if wanted not in chosen and (parities or not any(each.baud == baud for each in known)):
                 chosen.append(wanted)
     return chosen

@@ -256,3 +256,44 @@ register = 0
     assert ran.code == 0, ran
     assert [one["unit"] for one in ran.json["found"]] == [4, 6]
     assert any("in use by meter" in note for note in ran.json["notes"])
+
+
+# --- what `headgate simulate` serves ---
+
+
+@pytest.mark.parametrize(
+    ("profile", "framing", "unit"),
+    [
+        ("eastron-sdm120", "tcp", 1), ("fronius-symo", "tcp", 1), ("siemens-pac3200", "tcp", 1),
+        ("eastron-sdm120", "udp", 1), ("eastron-sdm120", "rtu_over_tcp", 1), ("eastron-sdm120", "ascii_over_tcp", 1),
+        ("eastron-sdm120", "rtu", 3), ("fronius-symo", "rtu", 3), ("siemens-pac3200", "rtu", 3),
+        ("eastron-sdm120", "ascii", 3),
+    ],
+)  # fmt: skip
+async def test_a_simulated_device_is_found_alone_and_added_by_its_profile(
+    profile: str, framing: str, unit: int, technician: Technician
+) -> None:
+    link = technician.folder / "port"
+    where = ("--serial", str(link), "--unit", str(unit)) if framing in ("rtu", "ascii") else ("--port", "0")
+    simulation = await technician.starts("simulate", profile, *where, "--framing", framing, "--json")
+    try:
+        assert simulation.stdout is not None
+        told = json.loads(await asyncio.wait_for(simulation.stdout.readline(), 60))
+        words = (
+            ["--port", str(link), "--fast"]
+            if where[0] == "--serial"
+            else ["--host", "{host}:{port}".format(**told["serving"][0]["options"])]
+        )
+        if framing == "ascii":
+            words += ["--framing", "ascii", "--parity", "none"]  # a pty has no parity
+        ran = await technician.types("scan", "modbus", *words, "--json")
+        added = await technician.types("add", "it", "--found", "1", "--json")
+    finally:
+        simulation.terminate()
+        await simulation.communicate()
+    assert ran.code == 0, ran
+    assert [(one["unit"], one["profile"]) for one in ran.json["found"]] == [(unit, profile)], ran
+    assert added.code == 0, added
+    assert f'profile = "{profile}"' in technician.config.read_text()
+    good = [one for one in added.json["reading"]["readings"] if one["quality"] == "good"]
+    assert len(good) == len(added.json["reading"]["readings"])

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from agent.cli import main
 from agent.simulate import Line, Simulated, Tables, raw_of, serve, wave_of, words_of
 from drivers import profiles, registry
-from drivers.contract import Reason, Scan, Value, engineering
+from drivers.contract import DeviceUnreachable, Reason, Scan, Value, engineering
 from drivers.modbus import ModbusDriver, ModbusPoint
 from drivers.modbus_plan import Table
 
@@ -179,6 +179,10 @@ async def test_a_device_is_served_in_every_framing_and_only_at_its_addresses(fra
         options = {**at.options(), "unit": 5}
         scan = await read(options, [*points, {"name": "nothing", "register": 300}])
         assert told(scan) == {"level": 12.25, "on": True, "far": 7.0, "nothing": Reason.REFUSED}
+        expected = Reason.BEHIND_GATEWAY if framing in ("tcp", "udp") else Reason.TIMEOUT
+        with pytest.raises(DeviceUnreachable) as other:
+            await read({**at.options(), "unit": 6, "timeout_ms": 200}, points)
+        assert other.value.reason is expected
 
 
 async def test_what_a_master_writes_stays_and_is_told() -> None:

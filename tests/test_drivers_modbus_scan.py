@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from drivers.modbus_scan import (
+    ASCII,
     COMMON,
     LAST_UNIT,
     RARE,
@@ -175,3 +176,17 @@ def test_no_identification_makes_the_parser_raise() -> None:
 
 def test_an_empty_reply_that_says_more_follows_is_not_followed() -> None:
     assert parse_identification(bytes([1, 0xFF, 0, 0])).go_on is None
+
+
+def test_ascii_is_searched_where_it_is_asked_for_or_everything_is_at_seven_bits_first() -> None:
+    assert all(setting.framing == "rtu" for setting in settings_of([], [], None, full=False))
+    assert str(settings_of([], [], None, full=False, framing="ascii")[0]) == "9600 7E1 ascii"
+    assert settings_of([], [], None, full=True)[-len(ASCII) :] == list(ASCII)
+    assert all(setting.framing == "rtu" for setting in settings_of([], [], None, full=True, framing="rtu"))
+    assert str(settings_of([14400], ["E"], None, full=False, framing="ascii")[0]) == "14400 7E1 ascii"
+
+
+def test_a_request_in_ascii_takes_more_than_twice_the_characters() -> None:
+    binary, text = Setting(9600, "N"), Setting(9600, "E", 1, 7, "ascii")
+    assert binary.character_s == text.character_s
+    assert timeout_s(text, 0) == pytest.approx(timeout_s(binary, 0) * 32 / 15)
