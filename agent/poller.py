@@ -455,7 +455,7 @@ class DevicePoller:
         if asked.point is not None:
             await self._within(driver.write(asked.point, asked.raw))
             points = (asked.point,)
-        return self._rules.apply(await self._within(driver.read(points)))
+        return self._rules.glance(await self._within(driver.read(points)))
 
     async def _within(self, call: Awaitable[_T]) -> _T:
         deadline = asyncio.timeout(self.plan.deadline_s)

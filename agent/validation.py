@@ -498,6 +498,16 @@ class Rules:
             raise ScanShapeError(f"{len(scan.values)} values for {plan.width} points")
         return plan.apply(scan)
 
+    def glance(self, scan: Scan) -> Scan:
+        """`apply`, with nothing remembered: for a scan that is shown and not kept, so that a look changes no judgement
+        of what is kept."""
+        marks = self._marks
+        before = list(marks.last), list(marks.at_ns), marks.same_ns, list(marks.since_ns)
+        try:
+            return self.apply(scan)
+        finally:
+            marks.last, marks.at_ns, marks.same_ns, marks.since_ns = before
+
     def examine(self, scan: Scan) -> Scan:
         """Look at every value by itself, also where no rule asks for it: for a scan that could not be encoded."""
         plan = self._plan if scan.points is self._points else self._plan_for(scan.points)

@@ -723,6 +723,28 @@ async def test_what_is_asked_never_overlaps_a_poll_and_is_not_kept() -> None:
     assert asked.isdisjoint(kept.values[0] for kept in store.kept)
 
 
+async def test_a_look_changes_no_judgement_of_what_is_kept() -> None:
+    """A jump between two kept readings is doubtful, whoever saw it happen in between."""
+    points = (Point(name="a", type=ValueType.U16, max_rate_per_s=10.0),)
+    jumped = False
+
+    async def jump(n: int) -> Scan:
+        return Scan(boot_ns(), points, (1000 if jumped else 0,))
+
+    driver, store = Asked(jump), ListStore()
+    driver.points = points
+    poller = poller_of(driver, store, period_s=1.0)
+    async with running(poller):
+        await until(lambda: store.frames)
+        kept = len(store.frames)
+        jumped = True
+        assert (await poller.ask_read()).reasons == {0: Reason.RATE}
+        assert (await poller.ask_read()).reasons == {0: Reason.RATE}
+        assert len(store.frames) == kept
+        await until(lambda: len(store.frames) > kept)
+        assert store.kept[kept].reasons == {0: Reason.RATE}
+
+
 async def test_what_is_asked_waits_where_it_would_delay_a_poll() -> None:
     async def slow(n: int) -> Scan:
         await asyncio.sleep(0.05)
