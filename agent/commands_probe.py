@@ -543,18 +543,12 @@ def _add_line(session: _Session, wanted: dict[str, Expected], found: dict[str, l
         # What only comes near is shown, and is for the technician to judge.
         if found[name] and (found[name][0].exact or found[name][0].score >= guess.SURE):
             table = guess.point_table(name, expected.unit, found[name][0])
-            points += ["--point", point_words(table)]
+            points += ["--point", technician.point_words(table)]
     if not points:
         return ""
     return technician.command_line(
         "headgate", "add", "NAME", *technician.words_of(session.address, session.unit), *points
     )
-
-
-def point_words(table: dict[str, str | int | float]) -> str:
-    """A point as `--point` takes it."""
-    rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")
-    return f"{table['name']},{rest}"
 
 
 # ------------------------------------------------------------------------------- registers, shown

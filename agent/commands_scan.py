@@ -269,6 +269,8 @@ def _show(search: Search, took_s: float, *, stopped: bool) -> None:
         rows = [["  ", name, value] for name, value in list(one.found.readings.items())[:8]]
         for line in technician.columns(rows, lead=""):
             technician.say(line)
+        if len(one.found.readings) > len(rows):
+            technician.say(f"    … and {len(one.found.readings) - len(rows)} more (--json has all)")
         for line in _next_steps(number, one):
             technician.say("   " + line)
 
@@ -288,6 +290,8 @@ def add_line(one: FoundDevice) -> str:
     words = ["--profile", found.profile] if found.profile else ["--driver", found.driver]
     for key, value in found.options.items():
         words += ["--option", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
+    for point in () if found.profile else found.points:
+        words += ["--point", technician.point_words(point)]
     return technician.command_line("headgate", "add", "NAME", *words)
 
 

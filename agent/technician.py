@@ -533,6 +533,14 @@ def command_line(*words: str) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
+def point_words(table: Mapping[str, Value]) -> str:
+    """A point as `--point` takes it."""
+    rest = [
+        f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in table.items() if key != "name"
+    ]
+    return ",".join([str(table["name"]), *rest])
+
+
 def duration(seconds: float) -> str:
     seconds = max(0.0, seconds)
     if seconds < 10:
