@@ -557,6 +557,11 @@ def _owner_of(address: Address, key: str, user: str) -> _Owner:
     loop = asyncio.get_running_loop()
     owners = _owners.setdefault(loop, {})
     owner = owners.get(key)
+    if owner is not None and owner.address.key != key:
+        # His port was replugged and has this name no more (two adapters that swapped theirs): who holds him looks anew.
+        del owners[key]
+        owner.close()
+        owner = None
     if owner is None:
         owner = owners[key] = _Owner(address, key)
         owner.reply_due_s = _due_s.get(loop, {}).pop(key, 0.0)

@@ -423,6 +423,63 @@ def test_a_modbus_port_of_a_bad_or_doubtful_name_is_refused_when_the_configurati
     assert SerialPort("usb:0403:6001", 9600, "N", 1).key == "usb:0403:6001"
 
 
+async def test_modbus_adapters_that_swapped_their_kernel_names_keep_their_meters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are pulled out and put back the other way round, and one device notices before the other."""
+    names: dict[str, str] = {}
+    peers: list[PtyPeer] = []
+
+    def present() -> list[PortInfo]:
+        return [
+            PortInfo(device=str(tmp_path / node), vid=1, pid=1, serial=serial)
+            for serial, node in names.items()
+        ]
+
+    def plugged_in(value: int, node: str) -> None:
+        body = b"\x01\x03\x02" + value.to_bytes(2, "big")
+
+        def react(heard: bytes) -> bytes:
+            if len(heard) < 8:
+                return heard
+            peer.say(body + crc16(body))
+            return heard[8:]
+
+        peer = PtyPeer(tmp_path / node, react)
+        peers.append(peer)
+
+    monkeypatch.setattr(serial_port, "present_ports", present)
+    monkeypatch.setattr(serial_port, "port_key", lambda device: device)  # a pty's own name does not come back
+    names.update(A="ttyUSB0", B="ttyUSB1")
+    plugged_in(1111, "ttyUSB0")
+    plugged_in(2222, "ttyUSB1")
+    a, b = (modbus_on(f"usb:0001:0001:{adapter}") for adapter in "AB")
+    for driver, value in ((a, 1111), (b, 2222)):
+        await driver.connect()
+        assert [*(await driver.read(driver.points)).values] == [value]
+    for peer in peers:
+        peer.unplug()
+    names.update(A="ttyUSB1", B="ttyUSB0")
+    plugged_in(1111, "ttyUSB1")
+    plugged_in(2222, "ttyUSB0")
+    for driver, value in ((a, 1111), (b, 2222)):
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await driver.connect()
+                    scan = await driver.read(driver.points)
+                except DeviceUnreachable:
+                    await asyncio.sleep(0.05)
+                    continue
+                assert [*scan.values] in ([value], [None])
+                if not scan.reasons:
+                    break
+    for driver in (a, b):
+        await driver.close()
+    for peer in peers[2:]:
+        peer.unplug()
+
+
 async def test_two_adapters_that_swapped_their_kernel_names_keep_their_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
