@@ -119,8 +119,8 @@ CASES: Final[dict[str, Case]] = {
     "eurotherm-3200": Case(
         {(H, 0x8002): "41BC0000", (H, 0x8004): "C1200000", (H, 0x8008): "42C80000", (H, 15): "0001", (H, 23): "0002",
          (H, 75): "0020"},
-        {"process_value": 23.5, "sensor_break": True, "process_value_out_of_range": False, "target_setpoint": -10.0, "working_output": 100.0, "active_setpoint": 1.0,
-         "timer_status": 2.0},
+        {"process_value": 23.5, "sensor_break": True, "process_value_out_of_range": False,
+         "target_setpoint": -10.0, "working_output": 100.0, "active_setpoint": 1.0, "timer_status": 2.0},
     ),
     # H175 itself gives H'FFFFFFCE as -5.0 and H'0000041A as 105.0 (MV), H'00000226 as 55.0 (heater current), and
     # H'FFFFF831 to H'0000270F as -1999 to 9999; in two-byte mode "the rightmost 16 bits are read". 105.0 is 1050.
