@@ -73,9 +73,10 @@ class HttpPollOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     obey_robots: bool = True
     user_agent: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] = "headgate"
     headers: dict[str, str] = {}
-    auth: Literal["none", "basic", "bearer", "header"] = "none"
+    auth: Literal["none", "basic", "bearer", "header", "query"] = "none"
     auth_user: str = ""
     auth_header: str = ""
+    auth_query: str = ""
     secret_file: str = ""
     secret_env: str = ""
     ca_file: str = ""
@@ -122,7 +123,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         self._network = network or Network()
         self._hosts = hosts
         self._rng = rng or random.Random()
-        self._url = self._checked_url()
+        self._url = self._asked = self._checked_url()  #: what is asked may hold the secret: never told
         self._check_auth()
         self._extractor = Extractor(
             Form(
@@ -185,7 +186,10 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
         options = self.options
         given = [key for key in ("secret_file", "secret_env") if getattr(options, key)]
         if options.auth == "none":
-            for key in [*given, *(key for key in ("auth_user", "auth_header") if getattr(options, key))]:
+            for key in [
+                *given,
+                *(key for key in ("auth_user", "auth_header", "auth_query") if getattr(options, key)),
+            ]:
                 raise ConfigError(f'options.{key} has no use with auth = "none"')
             return
         if len(given) != 1:
@@ -196,6 +200,8 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
             raise ConfigError('options.auth_user belongs to auth = "basic", and is needed there')
         if (options.auth == "header") != bool(options.auth_header):
             raise ConfigError('options.auth_header belongs to auth = "header", and is needed there')
+        if (options.auth == "query") != bool(options.auth_query):
+            raise ConfigError('options.auth_query belongs to auth = "query", and is needed there')
         if options.auth_header and (
             not _TOKEN.fullmatch(options.auth_header)
             or options.auth_header.lower() in _OWN_HEADERS - {"authorization", "cookie"}
@@ -243,6 +249,9 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
                 return [("Authorization", f"Basic {pair}")]
             case "bearer":
                 return [("Authorization", f"Bearer {secret}")]
+            case "query":
+                self._asked = self._url.copy_add_param(options.auth_query, secret)
+                return []
             case _:
                 return [(options.auth_header, secret)]
 
@@ -338,7 +347,7 @@ class HttpPollDriver(PushDriver[HttpPollOptions, HttpPoint]):
 
             return await fetcher.fetch(url, plain, [], before=turn, max_bytes=http_hosts.ROBOTS_BYTES)
 
-        document = await fetcher.fetch(self._url, plain, own, before=before)
+        document = await fetcher.fetch(self._asked, plain, own, before=before)
         taken_at_ns = boot_ns()
         self._failures = 0
         if document.status == 304:

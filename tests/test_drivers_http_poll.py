@@ -841,6 +841,28 @@ async def test_a_credential_is_sent_and_stands_in_no_log(
         assert "hidden" not in text
 
 
+async def test_a_secret_of_the_query_is_sent_to_its_origin_and_stands_in_no_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("HEADGATE_TEST_SECRET", "s3 cr&t")
+    async with station() as it, station() as other:
+        other.reply = documents(a=1, b=2)
+        it.reply = lambda asked: Reply(status=302, headers={"Location": other.url("/there")})
+        options: dict[str, Any] = {
+            "auth": "query",
+            "auth_query": "appid",
+            "secret_env": "HEADGATE_TEST_SECRET",
+        }
+        async with opened(driver_of(it, "/data?q=1", **options)) as scans:
+            await following(scans)
+        it.reply = lambda asked: Reply(status=404)
+        err = await failure(driver_of(it, "/data?q=1", **options))
+    assert httpx.URL(it.asked[0].path).params == httpx.QueryParams({"q": "1", "appid": "s3 cr&t"})
+    assert other.asked[0].path == "/there"
+    assert "s3" not in str(err) + caplog.text
+
+
 async def test_a_credential_that_is_not_there_stops_the_device(tmp_path: Path) -> None:
     missing: list[dict[str, Any]] = [
         {"secret_env": "NOBODY_SET_THIS"},
