@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import pytest
 
-from agent.field import Field, UnknownDevice
+from agent.field import Field, FieldError, UnknownDevice
 from config.agent import Device
-from drivers.contract import ConfigError, DeviceUnreachable, PointRefused, Reason
+from drivers.contract import ConfigError, DeviceUnreachable, PointRefused, Reason, boot_ns
 from drivers.modbus_address import HostPort
 from drivers.modbus_line import Failure, Request
 from tests.fakes.modbus_peer import Peer, Unit
@@ -83,12 +84,17 @@ def request_of(unit: int, first: int, count: int, *, timeout_s: float = 2.0) -> 
     return Request(unit, pdu, bytes([3, 2 * count]), 2 + 2 * count, timeout_s, 2 * timeout_s)
 
 
+#: Of a computed wall-clock time: two clocks are read one after the other, maybe in two processes.
+_SLACK_NS: Final = 50_000_000
+
+
 async def raw_requests_are_answered_by_the_line(field: Field, plant: Plant) -> None:
     plant.unit.holding[0:2] = [2305, 7]
     address = HostPort("127.0.0.1", plant.peer.port)
+    began_ns = boot_ns()
     found = await field.ask(address, [request_of(1, 0, 2), request_of(1, 1, 1)])
     assert found.replies == [bytes([9, 1, 0, 7]), bytes([0, 7])]
-    assert found.taken_at_ns > 0
+    assert began_ns < found.taken_at_ns < boot_ns()
 
 
 async def a_refusal_comes_with_its_exception_code(field: Field, plant: Plant) -> None:
@@ -114,11 +120,16 @@ async def a_line_where_nobody_is_is_unreachable(field: Field, plant: Plant) -> N
 async def a_read_is_fresh_and_shows_raw_and_seen_values(field: Field, plant: Plant) -> None:
     for volts in (2301, 2302, 2303):
         plant.unit.holding[0:2] = [volts, 40]
+        plant.unit.input[0] = volts + 7
+        began_ns = time.time_ns()
         look = await field.read("meter")
+        assert began_ns - _SLACK_NS < look.taken_at_ns < time.time_ns() + _SLACK_NS
         assert look.device == "meter"
-        shown = {r.point: (r.value, r.raw, r.unit, r.reason) for r in look.readings}
-        assert shown["voltage"] == (volts / 10, volts, "V", Reason.GOOD)
-        assert shown["setpoint"][:2] == (20.0, 40)
+        assert [(r.point, r.value, r.raw, r.unit, r.reason) for r in look.readings] == [
+            ("voltage", volts / 10, volts, "V", Reason.GOOD),
+            ("setpoint", 20.0, 40, "", Reason.GOOD),
+            ("input", volts + 7, volts + 7, "", Reason.GOOD),
+        ]
 
 
 async def what_is_out_of_its_range_says_so(field: Field, plant: Plant) -> None:
@@ -144,6 +155,33 @@ async def a_watch_sees_every_change_in_order(field: Field, plant: Plant) -> None
     assert times == sorted(times)
 
 
+async def a_watch_shows_each_scan_once_whole_and_as_it_was_when_it_was_taken(
+    field: Field, plant: Plant
+) -> None:
+    plant.unit.holding[0] = 0
+    before = len(plant.peer.asked)
+    changed_ns: dict[int, int] = {}  # what the register holds -> since when
+    times: list[int] = []
+    async with asyncio.timeout(30):
+        async for look in field.watch("meter"):
+            now_ns = time.time_ns()
+            assert [r.point for r in look.readings] == ["voltage", "setpoint", "input"]
+            assert look.taken_at_ns < now_ns + _SLACK_NS
+            seen = look.readings[0].raw
+            assert isinstance(seen, int)
+            # The next value was not there yet when this one was read.
+            assert look.taken_at_ns < changed_ns.get(seen + 1, now_ns) + _SLACK_NS
+            times.append(look.taken_at_ns)
+            if len(times) == 12:
+                break
+            if len(times) % 4 == 0:
+                plant.unit.holding[0] += 1
+                changed_ns[plant.unit.holding[0]] = time.time_ns()
+    polls = sum(1 for _, function, _, _ in plant.peer.asked[before:] if function == 4)
+    assert len(times) <= polls + 1  # the last one before it began may be shown
+    assert len(set(times)) == len(times)
+
+
 async def a_watch_of_a_device_that_is_away_shows_why(field: Field, plant: Plant) -> None:
     async with asyncio.timeout(30):
         async for look in field.watch("silent"):
@@ -153,10 +191,15 @@ async def a_watch_of_a_device_that_is_away_shows_why(field: Field, plant: Plant)
 
 async def a_write_is_one_effect_and_is_read_back(field: Field, plant: Plant) -> None:
     plant.peer.written.clear()
+    plant.peer.asked.clear()
     look = await field.write("meter", "setpoint", -12.5)
     assert [(r.point, r.value, r.raw) for r in look.readings] == [("setpoint", -12.5, -25)]
     assert plant.unit.holding[1] == 65536 - 25
     assert [(function, address) for function, address, _ in plant.peer.written] == [(6, 1)]
+    at = next(i for i, (_, function, _, _) in enumerate(plant.peer.asked) if function == 6)
+    assert any(
+        function == 3 and first <= 1 < first + count for _, function, first, count in plant.peer.asked[at:]
+    )
 
 
 async def a_write_that_cannot_be_never_reaches_the_device(field: Field, plant: Plant) -> None:
@@ -191,11 +234,18 @@ async def a_device_that_is_away_is_unreachable(field: Field, plant: Plant) -> No
 
 
 async def an_attempt_reads_a_device_that_is_not_configured(field: Field, plant: Plant) -> None:
-    plant.unit.holding[5] = 77
     options = {"host": "127.0.0.1", "port": plant.peer.port}
-    device = Device(name="new", driver="modbus", options=options, point=[{"name": "p", "register": 5}])
-    look = await field.attempt(device)
-    assert [(r.point, r.raw) for r in look.readings] == [("p", 77)]
+    point = {"name": "p", "register": 5, "scale": 0.1, "unit": "A", "valid_max": 8.0}
+    device = Device(name="new", driver="modbus", options=options, point=[point])
+    for amperes, reason in ((77, Reason.GOOD), (81, Reason.RANGE)):
+        plant.unit.holding[5] = amperes
+        began_ns = time.time_ns()
+        look = await field.attempt(device)
+        assert began_ns - _SLACK_NS < look.taken_at_ns < time.time_ns() + _SLACK_NS
+        assert look.device == "new"
+        assert [(r.point, r.value, r.raw, r.unit, r.reason) for r in look.readings] == [
+            ("p", amperes / 10, amperes, "A", reason)
+        ]
 
 
 async def an_attempt_that_cannot_work_says_why(field: Field, plant: Plant) -> None:
@@ -228,6 +278,19 @@ async def a_watch_can_be_left_at_any_time(field: Field, plant: Plant) -> None:
     assert (await field.read("meter")).device == "meter"
 
 
+async def the_lines_and_a_reload_are_the_agents(field: Field, plant: Plant) -> None:
+    held = {line.claim.key: line.devices for line in await field.lines()}
+    if field.through_agent:
+        assert held[f"127.0.0.1:{plant.peer.port}"] == ["meter"]
+        done = await field.reload()
+        assert (done.errors, done.started, done.stopped, done.changed) == ([], [], [], [])
+        assert done.unchanged == len(held) == 2
+    else:
+        assert held == {}
+        with pytest.raises(FieldError, match="no agent runs"):
+            await field.reload()
+
+
 async def closing_twice_is_safe(field: Field, plant: Plant) -> None:
     await field.close()
     await field.close()
@@ -241,6 +304,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     a_read_is_fresh_and_shows_raw_and_seen_values,
     what_is_out_of_its_range_says_so,
     a_watch_sees_every_change_in_order,
+    a_watch_shows_each_scan_once_whole_and_as_it_was_when_it_was_taken,
     a_watch_of_a_device_that_is_away_shows_why,
     a_write_is_one_effect_and_is_read_back,
     a_write_that_cannot_be_never_reaches_the_device,
@@ -250,5 +314,6 @@ CHECKS: Final[tuple[Check, ...]] = (
     an_attempt_that_cannot_work_says_why,
     a_call_can_be_given_up_and_the_next_works,
     a_watch_can_be_left_at_any_time,
+    the_lines_and_a_reload_are_the_agents,
     closing_twice_is_safe,
 )
