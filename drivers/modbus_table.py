@@ -24,7 +24,10 @@ _RTU_DATA_BITS: Final = 8
 _ASCII_DATA_BITS: Final = 7
 
 Address16 = Annotated[int, msgspec.Meta(ge=0, le=LAST_ADDRESS)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+Baud = Annotated[int, msgspec.Meta(ge=1, le=12_000_000)]
+"""Up to what the fastest USB adapters do (FTDI's FT232H)."""
+Wait = Annotated[int, msgspec.Meta(ge=1, le=60_000)]
+"""Milliseconds. A poller waits for no read longer than half a minute."""
 Range = tuple[Address16, Address16]
 """First and last address, both within."""
 
@@ -55,7 +58,7 @@ class ModbusOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: str | None = None
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 502
     serial: str | None = None
-    baud: Positive = 19200  #: 19200 8E1: the standard's own default (Modbus over serial line 1.02, 2.5.1)
+    baud: Baud = 19200  #: 19200 8E1: the standard's own default (Modbus over serial line 1.02, 2.5.1)
     parity: Literal["none", "even", "odd"] = "even"
     stop_bits: Literal[1, 2] = 1
     data_bits: Literal[7, 8] | None = None  #: unset: 8; ASCII 7, its standard's own default (same, 2.5.2)
@@ -63,11 +66,11 @@ class ModbusOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         None  #: unset: tcp with a host, rtu on a serial port
     )
     unit: Annotated[int, msgspec.Meta(ge=0, le=255)] = 1
-    timeout_ms: Positive | None = (
+    timeout_ms: Wait | None = (
         None  #: for one request; unset: 1000 on a network, by baud and length on a serial line
     )
-    latest_reply_ms: Positive | None = None  #: RTU, ASCII: no reply comes later; unset: twice the timeout
-    connect_timeout_ms: Positive = 3000
+    latest_reply_ms: Wait | None = None  #: RTU, ASCII: no reply comes later; unset: twice the timeout
+    connect_timeout_ms: Wait = 3000
     max_registers: Annotated[int, msgspec.Meta(ge=1, le=MAX_REGISTERS)] = MAX_REGISTERS
     max_bits: Annotated[int, msgspec.Meta(ge=1, le=MAX_BITS)] = MAX_BITS
     max_gap: Annotated[int, msgspec.Meta(ge=0, le=MAX_REGISTERS)] | None = None  #: unset: by the line's cost
@@ -142,6 +145,14 @@ def address_of(options: ModbusOptions) -> Address:
         raise ConfigError("options: give either host (Modbus TCP) or serial (a port such as /dev/ttyUSB0)")
     if options.serial is not None:
         refuse_bad_name(options.serial, "serial")
+    else:
+        _refuse_bad_host(options.host or "")
+    timeout_ms, latest_ms = options.timeout_ms, options.latest_reply_ms
+    if timeout_ms is not None and latest_ms is not None and latest_ms < timeout_ms:
+        raise ConfigError(
+            f"options: latest_reply_ms: {latest_ms} is before timeout_ms, {timeout_ms}; make it longer, or the "
+            "timeout shorter"
+        )
     framing = options.framing
     address: Address
     if options.serial is not None:
@@ -168,6 +179,14 @@ def address_of(options: ModbusOptions) -> Address:
             "options: unit: 0 is everybody's address on a serial line, and nobody answers there; give the unit's own"
         )
     return address
+
+
+def _refuse_bad_host(host: str) -> None:
+    name, colon, port = host.partition(":")
+    if name and colon and port.isdecimal():
+        raise ConfigError(f"options: host: give the port apart: host = {name!r}, port = {port}")
+    if not host or set(host) & set("/ \t\n"):
+        raise ConfigError(f"options: host: {host!r} is no name or address; give it alone, as in '192.0.2.10'")
 
 
 def span_of(point: ModbusPoint) -> Span:
@@ -225,13 +244,17 @@ def what_is_wrong(point: ModbusPoint, order: str, limits: Limits) -> str | None:
     if point.register_not_available and exponent is None:
         return "register_not_available: only with a scale_register or decimals_register; say not_available"
     if point.writable and point.table in (Table.INPUT, Table.DISCRETE):
-        return f"writable: a {point.table} is read only; remove it, or see whether it is in another table"
+        return f"writable: the {point.table} table is read only; remove it, or see whether it is in another table"
     span = span_of(point)
     if span.end - 1 > LAST_ADDRESS:
         return f"register: {point.register} and {span.count - 1} more go beyond {LAST_ADDRESS}"
     longest = limits.longest(point.table)
     if span.count > longest:
-        return f"takes {span.count} registers, and max_registers is {longest}; a value is never read in parts"
+        key = "length" if point.length else "type"
+        return (
+            f"{key}: it takes {span.count} registers, and max_registers is {longest}; a value is never read in "
+            "parts: give it its right size, or raise max_registers if the device allows it"
+        )
     spans = [span]
     if exponent is not None:
         if span.first <= exponent < span.end:

@@ -54,7 +54,7 @@ def unknown(point: ModbusPoint, writing: Writing, unconfirmed: str, why: str) ->
 def allow(point: ModbusPoint, value: Value) -> None:
     """Raises `PointRefused` for what the configuration does not let be written."""
     if point.table in (Table.INPUT, Table.DISCRETE):
-        raise PointRefused(point.name, f"a {point.table} is read only")
+        raise PointRefused(point.name, f"the {point.table} table is read only")
     if not point.writable:
         raise PointRefused(point.name, "not writable; if it is to be, say so in its table: writable = true")
     if isinstance(value, bool | str):
