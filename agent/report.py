@@ -40,7 +40,7 @@ _TABLE: Final = re.compile(
     [^\S\n]* (?:\#.*)? \n)
     (?: (?! \s*\[ ) .* (?:\n|\Z) )+"""
 )
-_NO_SECRET: Final = frozenset({"none", "basic", "bearer", "header", "digest", "true", "false", ""})
+_NO_SECRET: Final = frozenset({"none", "basic", "bearer", "header", "query", "digest", "true", "false", ""})
 _USERINFO: Final = re.compile(
     r"(?i)\b([a-z][a-z0-9+.-]{0,31}://)(?:[^\s/@:\"]{1,128}:[^\s\"?#]{1,256}|[^\s/?#@\"']{1,256})@"
 )
@@ -164,7 +164,7 @@ def _value(text: str, found: re.Match[str]) -> tuple[int, str]:
     if plain := _JSON_WORD.match(text, start):
         return plain.end(), f'"{REMOVED}"'
     end = _end_of_bare(text, found)
-    return (end, REMOVED) if text[start:end].strip() else nothing
+    return (end, REMOVED) if re.search(r"\w", text[start:end]) else nothing
 
 
 def _end_of_bare(text: str, found: re.Match[str]) -> int:

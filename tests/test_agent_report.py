@@ -154,6 +154,7 @@ def test_what_a_configuration_holds_is_known_and_found_elsewhere() -> None:
         "uplink.token_file: /etc/headgate/gateway-token: it is not there",
         '{"check": "credential", "level": "ok", "text": "/etc/headgate/gateway-token"}',
         'auth = "basic"',
+        "as in ?appid=…).",
         "cookiecutter==2.6.0\nPyJWT==2.9.0\nkeyring==25.5",
         "unknown key 'registerr'; did you mean 'register'?",
         "ttyUSB0: no answer; key: value",
