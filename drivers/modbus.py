@@ -222,7 +222,9 @@ class ModbusDriver(Driver[ModbusOptions, ModbusPoint]):
             if reply.code == ExcCodes.DEVICE_BUSY:
                 raise PointRefused(point.name, "the device is busy and did not write it; try again")
             if reply.code and reply.code not in (*_BEHIND_GATEWAY, ExcCodes.ACKNOWLEDGE):
-                raise PointRefused(point.name, f"the device refuses: {_words(reply.code)}")
+                unknown = reply.code == ExcCodes.ILLEGAL_FUNCTION
+                remedy = modbus_write.other_way(writing.pdu[0]) if unknown else ""
+                raise PointRefused(point.name, f"the device refuses: {_words(reply.code)}{remedy}")
             if reply.code != ExcCodes.ACKNOWLEDGE:  # which says: accepted, and it takes a while
                 unconfirmed = _words(reply.code) if reply.code else reply.reason.name.lower()
         if point.read_back:

@@ -257,6 +257,8 @@ class _Owner:
             self._send(wire, request, None)
             return True
         verdict = breaker.verdict(self._loop.time())
+        if verdict is Verdict.WHOLE_PROBE and wire.has_transactions:
+            verdict = Verdict.PROBE  # none is brief here
         reads = request.pdu[0] in _READS
         # One failure, and a unit whose turnaround is known gets no more than that, lest it holds up all others. (A
         # write may take its time.)

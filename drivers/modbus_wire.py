@@ -39,7 +39,7 @@ _MAX_ASCII: Final = 513  #: Modbus over serial line 1.02, 2.5.2.1
 _MOST_READS: Final = 64  #: of a flush
 _BUSY: Final = (5, 6)  #: acknowledge (it takes long), server device busy (application protocol 1.1b3, 7)
 _BEHIND_GATEWAY: Final = (0x0A, 0x0B)  #: path unavailable, target device failed to respond
-_WRITES_ONE: Final = (5, 6)  #: function codes whose confirmation is the request, word for word
+_WRITES_ONE: Final = (5, 6, 22)  #: function codes whose confirmation is the request, word for word
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):

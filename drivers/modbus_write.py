@@ -51,6 +51,15 @@ def unknown(point: ModbusPoint, writing: Writing, unconfirmed: str, why: str) ->
     )
 
 
+def other_way(function: int) -> str:
+    """What may help where the device does not know the function that was used."""
+    if function in (5, 6):
+        return "; if it knows functions 15 and 16 alone, say write_single = false in its options"
+    if function == 22:
+        return "; it seems not to know function 22: say write_bits = 'rewrite' in its options"
+    return "; if it knows functions 5 and 6 alone, say write_single = true in its options"
+
+
 def allow(point: ModbusPoint, value: Value) -> None:
     """Raises `PointRefused` for what the configuration does not let be written."""
     if point.table in (Table.INPUT, Table.DISCRETE):

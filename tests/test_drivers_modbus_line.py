@@ -275,6 +275,17 @@ REGISTER = Request(1, bytes.fromhex("0300000001"), bytes.fromhex("0302"), 4, 0.0
 WRITE = Request(1, bytes.fromhex("0600070009"), bytes.fromhex("0600070009"), 5, 0.08, 0.08)
 
 
+MASK = Request(1, bytes.fromhex("16000400120025"), bytes.fromhex("16000400120025"), 7, 0.08, 0.08)
+
+
+@pytest.mark.parametrize("request_", [WRITE, MASK], ids=["6", "22"])
+async def test_the_first_thing_on_a_line_may_be_a_write_whose_confirmation_is_its_request(
+    request_: Request,
+) -> None:
+    async with answering(lambda request: request) as line:
+        assert (await line.exchange([request_])).replies == [b""]
+
+
 @pytest.mark.parametrize("framing", ["rtu", "ascii"])
 async def test_an_echo_of_the_request_is_never_taken_for_its_reply(framing: str) -> None:
     frame = rtu_frame if framing == "rtu" else ascii_frame

@@ -158,6 +158,27 @@ async def test_an_exception_is_told_and_the_write_is_not_repeated(code: int, why
         assert peer.asked == [(6, 0, 1)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "options", "value", "function", "remedy"),
+    [
+        ({}, {}, 9, 6, "write_single = false"),
+        ({}, {"write_single": False}, 9, 16, "write_single = true"),
+        ({"bit": 3}, {"write_bits": "mask"}, True, 22, "write_bits = 'rewrite'"),
+    ],
+)
+async def test_a_function_that_the_device_does_not_know_is_told_with_the_option_that_may_help(
+    keys: dict[str, object], options: dict[str, object], value: Value, function: int, remedy: str
+) -> None:
+    point: dict[str, object] = {"name": "p", "register": 0, "writable": True, **keys}
+    async with (
+        WilfulTcp([7], lambda asked, address, count: 1 if asked == function else None) as peer,
+        connected([point], port=peer.port, **options) as driver,
+    ):
+        with pytest.raises(PointRefused, match=f"exception 1.*{remedy}"):
+            await driver.write(driver.points[0], value)
+        assert [asked for asked, _, _ in peer.asked] == [function]
+
+
 async def test_a_device_that_needs_a_while_says_so_and_is_read_back() -> None:
     """Exception 5, acknowledge: accepted and being processed (Modbus application protocol 1.1b3, 7)."""
     registers = [7]
