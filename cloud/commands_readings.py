@@ -61,7 +61,7 @@ async def readings(
                 "format": "json" if form == "table" else form,
             }  # fmt: skip
             if form == "table":
-                _print((await source.page(asked)).readings)
+                _print((await source.page(asked)).readings, limit)
                 return
             async with source.stream(asked) as parts:
                 await _pipe(parts)
@@ -75,7 +75,7 @@ async def _local(operator: Operator, query: Query, form: str) -> None:
 
     pages: Pages = await operator.readings(query)
     if form == "table":
-        _print([reading async for page in pages for reading in page])
+        _print([reading async for page in pages for reading in page], query.limit)
     elif form == "json":
         await _pipe(formats.as_json(aiter(pages), pages))
     elif form == "csv":
@@ -91,7 +91,7 @@ async def _pipe(parts: AsyncIterator[bytes]) -> None:
     out.flush()
 
 
-def _print(found: list[Reading]) -> None:
+def _print(found: list[Reading], limit: int) -> None:
     rows = [
         (
             r.taken_at, r.device, r.point, "" if r.value is None else str(r.value), r.unit,
@@ -100,3 +100,9 @@ def _print(found: list[Reading]) -> None:
         for r in found
     ]  # fmt: skip
     print_table(("TAKEN AT", "DEVICE", "POINT", "VALUE", "UNIT", "QUALITY"), rows, empty="no readings there")
+    if len(found) >= limit:
+        click.echo(
+            f"these are the first {limit:,} by device, point and time; there may be more: choose by --device, --point "
+            "and --from -15m, or raise --limit",
+            err=True,
+        )

@@ -690,6 +690,15 @@ def test_the_command_line_reads_the_same_from_the_files_beside_a_running_server(
         assert locally.stdout
 
 
+def test_a_table_that_ends_at_its_limit_says_that_there_may_be_more(server: Running) -> None:
+    for where in (("--config", str(server.file)), remotely(server)):
+        cut = headgate_cloud("readings", NAME, "--limit", "3", *where)
+        assert cut.stdout.count(b"\n") == 4
+        assert b"the first 3" in cut.stderr
+        assert b"--from -15m" in cut.stderr
+        assert headgate_cloud("readings", NAME, *where).stderr == b""
+
+
 def test_the_command_line_works_on_the_files_of_a_stopped_server(own: Running) -> None:
     fill(own)
     own.stop()
