@@ -741,6 +741,33 @@ async def test_a_late_reply_to_a_probe_is_nobodys_after_the_line_was_given_back_
         slave.close()
 
 
+async def test_while_a_late_answer_to_a_brief_read_may_come_its_unit_is_not_asked_and_no_exception_is_believed() -> (
+    None
+):
+    """An exception has one form for all requests of a function: it may be the late answer, with another's number."""
+    loop = asyncio.get_running_loop()
+    asked_at_s: dict[int, list[float]] = {1: [], 2: []}
+
+    def answer(request: bytes) -> bytes:
+        unit = request[0]
+        asked_at_s[unit].append(loop.time())
+        if unit == 2:
+            return rtu_frame(bytes.fromhex("028302"))
+        return rtu_frame(bytes.fromhex("0103080001000200030004")) if len(asked_at_s[1]) == 1 else b""
+
+    silent, other = (reading(unit, 5, timeout_s=0.1, latest_s=0.6) for unit in (1, 2))
+    async with answering(answer) as line:
+        assert isinstance((await line.exchange([silent])).replies[0], bytes)
+        assert (await line.exchange([other])).replies == [Failure(Reason.EXCEPTION, 2)]
+        for _ in range(3):  # from the second time on by a brief read
+            assert (await line.exchange([silent])).replies == [Failure(Reason.TIMEOUT)]
+        assert (await line.exchange([other])).replies == [Failure(Reason.FRAMING)]
+        assert asked_at_s[1][3] - asked_at_s[1][2] >= 0.6
+        assert asked_at_s[2][1] - asked_at_s[1][3] < 0.5  # the line was not silent for it
+        await asyncio.sleep(0.7)
+        assert (await line.exchange([other])).replies == [Failure(Reason.EXCEPTION, 2)]
+
+
 async def test_a_unit_that_is_back_is_found_by_a_brief_read_and_its_values_come_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
