@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -33,6 +34,12 @@ _REFUSALS: Final = (
 )  #: exceptions that speak of the address (some devices fail, 4, where others refuse)
 _UNKNOWN_FUNCTION: Final = 1
 _SILENT: Final = 4  #: unanswered requests in a row at the start: there is nobody
+_SILENT_BLOCKS: Final = (
+    8  #: the same, of blocks that are halved: a device may be silent about each that has a hole
+)
+_KNOWN_ANSWERS: Final = 2  #: answers that show how quick it is
+_HASTE: Final = 5.0  #: times as long as its slowest answer is waited for, once that is known
+_LEAST_HASTE_S: Final = 0.1
 _MOST_WATCHED: Final = 2_000  #: registers read again and again to see what moves
 _SHOWN: Final = 6  #: places shown for a value off the display
 _WATCH_S: Final = 2.0  #: with --expect, unless said
@@ -185,12 +192,16 @@ class _Session:
         self.unit = unit
         self.words: dict[Table, dict[int, int]] = {}
         self.holes: dict[Table, set[int]] = {}
+        self.silent: dict[Table, set[int]] = {}
         self.stopped = False
         self.requests = 0
         self._field = field
         self._silent = silent
         self._answers = 0
         self._silences = 0
+        self._patience = _SILENT
+        self._slowest_s = 0.0
+        self._doubtful = False  #: the last request was given up early: its reply may come for the next one
         self._progress: technician.Progress | None = None
         self._said: set[tuple[str, int]] = set()  #: what may be it, told already
 
@@ -211,12 +222,20 @@ class _Session:
 
     # --------------------------------------------------------------------------------- asking
 
-    async def ask(self, ask: hunt.Ask) -> list[int] | hunt.Outcome:
-        """One request; once more where the line, not the device, was at fault. Raises `Trouble` if there is nobody."""
-        request = technician.reading(self.address, self.unit, ask.table, ask.first, ask.count)
+    async def ask(self, ask: hunt.Ask, *, hasty: bool = False) -> list[int] | hunt.Outcome:
+        """One request; once more where the line, not the device, was at fault. Raises `Trouble` if there is nobody.
+        `hasty`: of many requests that a device may leave unanswered, each waits no longer than it usually takes."""
+        timeout_s = None
+        if hasty and self._answers >= _KNOWN_ANSWERS:
+            usual_s = technician.reading(self.address, self.unit, ask.table, ask.first, ask.count).timeout_s
+            timeout_s = min(usual_s, max(_LEAST_HASTE_S, _HASTE * self._slowest_s))
+        request = technician.reading(
+            self.address, self.unit, ask.table, ask.first, ask.count, timeout_s=timeout_s
+        )
         reply: Reply = Failure(Reason.DISCONNECTED)
         for attempt in (1, 2):
             self.requests += 1
+            began_s = time.monotonic()
             try:
                 outcome = await self._field.ask(self.address, [request])
             except DeviceUnreachable as err:
@@ -224,6 +243,13 @@ class _Session:
                     continue  # the connection was closed under us: it is opened anew
                 raise Trouble(str(err)) from err
             reply = outcome.replies[0]
+            doubtful, self._doubtful = self._doubtful, False
+            if isinstance(reply, Failure) and not reply.code:
+                self._doubtful = timeout_s is not None
+            elif doubtful:
+                return await self.ask(ask)
+            elif self._answers:  # the first opens the line too
+                self._slowest_s = max(self._slowest_s, time.monotonic() - began_s)
             if isinstance(reply, bytes):
                 self._answers += 1
                 return _numbers(reply, ask)
@@ -233,6 +259,8 @@ class _Session:
             if reply.code == _UNKNOWN_FUNCTION:
                 self._answers += 1
                 return hunt.Outcome.NO_FUNCTION
+            if timeout_s is not None and reply.reason is Reason.TIMEOUT:
+                break
             if reply.code:
                 await asyncio.sleep(_PAUSE_S)
         return self._unanswered(reply if isinstance(reply, Failure) else Failure(Reason.FRAMING))
@@ -240,7 +268,7 @@ class _Session:
     def _unanswered(self, reply: Failure) -> hunt.Outcome:
         if not self._answers:
             self._silences += 1
-            if self._silences >= _SILENT or reply.code:
+            if self._silences >= self._patience or reply.code:
                 raise self.nobody(technician.why_not(reply))
         return hunt.Outcome.SILENCE if reply.reason is Reason.TIMEOUT else hunt.Outcome.TROUBLE
 
@@ -255,13 +283,15 @@ class _Session:
 
     async def read(self, ranges: Sequence[hunt.Ask]) -> None:
         """What stands in these ranges, around their holes."""
+        self._patience = _SILENT_BLOCKS
         for of_bits in (False, True):
             chosen = [one for one in ranges if one.table.of_bits is of_bits]
             reader = hunt.Reader(chosen, longest=MAX_BITS if of_bits else MAX_REGISTERS)
             while (ask := reader.next()) is not None:
-                reader.told(ask, await self.ask(ask))
+                reader.told(ask, await self.ask(ask, hasty=True))
                 self.words |= reader.words
             self.holes |= reader.holes
+            self.silent |= reader.silent
 
     async def search(self, tables: Sequence[Table], wanted: dict[str, Expected], *, finest_step: int) -> None:
         """Look for registers over all addresses; with values off the display, until they are found."""
@@ -278,7 +308,7 @@ class _Session:
         began_s = loop.time()
         judged: dict[Table, set[int]] = {table: set() for table in tables}
         while (ask := search.next()) is not None:
-            came = await self.ask(ask)
+            came = await self.ask(ask, hasty=True)
             search.told(ask, came)
             per_ask_s = (loop.time() - began_s) / search.asked
             have = sum(map(len, self.words.values()))
@@ -584,10 +614,8 @@ def _told_registers(session: _Session, moves: set[tuple[Table, int]], *, watched
                 "texts": [
                     {"register": t.register, "text": t.text, "registers": t.registers} for t in guess.texts(words)
                 ],
-                "refused": [
-                    [first, first + len(run) - 1]
-                    for first, run in guess.runs(dict.fromkeys(session.holes.get(table, ()), 0))
-                ],
+                "refused": _stretches(session.holes.get(table, ())),
+                "silent": _stretches(session.silent.get(table, ())),
             }
         )  # fmt: skip
     return {
@@ -611,11 +639,15 @@ def _show_registers(
             _show_everything(table, words, moves)
         else:
             _show_table(table, words, moves, watched=watched)
-        holes = guess.runs(dict.fromkeys(session.holes.get(table, ()), 0))
-        if holes:
-            told = ", ".join(f"{a}-{a + len(run) - 1}" if len(run) > 1 else str(a) for a, run in holes)
-            for line in technician.wrapped(f"Not there: {told}"):
+        for what, addresses in (("Not there", session.holes), ("No answer", session.silent)):
+            told = ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in _stretches(addresses.get(table, ())))
+            for line in technician.wrapped(f"{what}: {told}") if told else ():
                 technician.say(line)
+
+
+def _stretches(addresses: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each."""
+    return [(first, first + len(run) - 1) for first, run in guess.runs(dict.fromkeys(addresses, 0))]
 
 
 def _show_bits(table: Table, words: dict[int, int], moves: set[tuple[Table, int]]) -> None:

@@ -8,7 +8,10 @@ Rules:
    something answers, its neighbourhood is read in both directions until it ends.
 3. A stretch of registers that all hold the same (a device that answers 0 for what it does not have) is no map, and is
    not followed.
-4. Nothing is asked twice. A table whose function the device does not know is left alone.
+4. Some devices are silent about what they have not, instead of refusing it: a range that is not answered is halved
+   like one that is refused, unless so many were silent in a row that there is nobody; and of the neighbourhood, where
+   each silence costs a timeout, only the near half is asked for.
+5. Nothing is asked twice. A table whose function the device does not know is left alone.
 """
 
 from __future__ import annotations
@@ -44,13 +47,19 @@ class Ask(msgspec.Struct, frozen=True):
         return self.first + self.count
 
 
+_NOBODY: Final = (
+    16  #: unanswered requests in a row: asking for the parts of a block would cost a timeout each
+)
+
+
 class Reader:
     """Reads given ranges, around holes. `words` is what was found."""
 
     def __init__(self, ranges: Iterable[Ask], *, longest: int = MAX_REGISTERS) -> None:
         self.words: dict[Table, dict[int, int]] = {}
-        self.holes: dict[Table, set[int]] = {}
-        self.silences = 0
+        self.holes: dict[Table, set[int]] = {}  #: refused
+        self.silent: dict[Table, set[int]] = {}  #: not answered
+        self.silences = 0  #: in a row
         self._longest = longest
         self._queue: deque[Ask] = deque()
         self._odd: set[Ask] = set()
@@ -66,20 +75,25 @@ class Reader:
         return self._queue.popleft() if self._queue else None
 
     def told(self, ask: Ask, came: Sequence[int] | Outcome) -> None:
+        self.silences = self.silences + 1 if came is Outcome.SILENCE else 0
         if not isinstance(came, Outcome):
             self.words.setdefault(ask.table, {}).update(zip(range(ask.first, ask.end), came, strict=True))
             return
         if came is Outcome.NO_FUNCTION:
             self._queue = deque(each for each in self._queue if each.table is not ask.table)
-            self._hole(ask)
-        elif came is Outcome.REFUSED and ask.count > 1:
+            self._hole(ask, self.holes)
+        elif ask.count > 1 and _has_parts(came, self.silences):
             self._queue.extendleft(reversed(halves(ask)))
         else:
-            self.silences += came is Outcome.SILENCE
-            self._hole(ask)
+            self._hole(ask, self.silent if came is Outcome.SILENCE else self.holes)
 
-    def _hole(self, ask: Ask) -> None:
-        self.holes.setdefault(ask.table, set()).update(range(ask.first, ask.end))
+    def _hole(self, ask: Ask, where: dict[Table, set[int]]) -> None:
+        where.setdefault(ask.table, set()).update(range(ask.first, ask.end))
+
+
+def _has_parts(came: Outcome, silences: int) -> bool:
+    """Whether what was not given as a block may be given in parts."""
+    return came is Outcome.REFUSED or (came is Outcome.SILENCE and silences <= _NOBODY)
 
 
 def halves(ask: Ask) -> tuple[Ask, Ask]:
@@ -173,8 +187,9 @@ class Hunt:
         elif came is Outcome.REFUSED and way:
             near, far = halves(ask) if way > 0 else halves(ask)[::-1]
             self._follow.extendleft([(far, way), (near, way)])
+        elif came is Outcome.SILENCE and way:
+            self._follow.appendleft((halves(ask)[0 if way > 0 else 1], way))
         elif way:
-            # No answer at all: asking for the parts would cost a timeout each.
             self._mark(ask)
 
     def _found(self, ask: Ask, came: Sequence[int], way: int) -> None:

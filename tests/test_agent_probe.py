@@ -164,6 +164,43 @@ async def test_a_range_shows_every_decoding_around_the_holes(technician: Technic
     assert table["refused"] == [[3, 3], [7, 9]]
 
 
+def silent_about_holes(registers: dict[int, int]) -> Callable[[bytes], bytes | None]:
+    answer = plain(registers)
+
+    def answers(pdu: bytes) -> bytes | None:
+        told = answer(pdu)
+        return None if told[0] & 0x80 else told
+
+    return answers
+
+
+async def test_a_device_that_is_silent_about_what_it_has_not_is_read_around_the_holes(
+    technician: Technician,
+) -> None:
+    registers = {at: at + 1000 for at in range(40) if at not in (7, 30)}
+    port = OnPty({7: silent_about_holes(registers)}, technician.folder / "port")
+    ran = await technician.types("probe", *line_of(port, 7), "--registers", "0-39", "--json")
+    port.close()
+    assert ran.code == 0, ran
+    held = {one["register"]: int(one["hex"], 16) for one in ran.json["tables"][0]["registers"]}
+    assert held == registers
+    assert ran.json["tables"][0]["silent"] == [[7, 7], [30, 30]]
+
+
+async def test_a_silent_device_is_searched_at_its_own_pace(technician: Technician) -> None:
+    """At half a second for each of its requests this would take longer than a command may take here."""
+    registers = {0: 1, 1: 2, 2: 3, 10: 4, 100: 5, 101: 6, 1000: 2305, 1001: 4999, 1002: 12345}
+    port = OnPty({7: silent_about_holes(registers)}, technician.folder / "port")
+    ran = await technician.types(
+        "probe", *line_of(port, 7), "--expect", "u=230.5 V", "--expect", "f=49.99 Hz", "--expect", "e=1234.5",
+        "--table", "holding", "--json",
+    )  # fmt: skip
+    port.close()
+    found = {one["name"]: one["matches"][0]["register"] for one in ran.json["expected"]}
+    assert found == {"u": 1000, "f": 1001, "e": 1002}
+    assert ran.json["requests"] > 120
+
+
 async def test_registers_that_move_are_marked(technician: Technician) -> None:
     registers = {0: 1, 1: 2, 2: 3}
     port = OnPty({7: plain(registers)}, technician.folder / "port")

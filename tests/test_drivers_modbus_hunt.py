@@ -67,6 +67,26 @@ def test_a_table_that_the_device_does_not_know_is_asked_once() -> None:
     assert [ask.table for ask in asked] == [H, Table.INPUT]
 
 
+def test_registers_of_a_device_that_is_silent_about_holes_are_read_around_them() -> None:
+    registers = {at: at for at in range(100) if at not in (3, 50, 51, 90)}
+    reader = Reader([Ask(H, 0, 100)])
+    while (ask := reader.next()) is not None:
+        came = answer(registers, ask)
+        reader.told(ask, Outcome.SILENCE if came is Outcome.REFUSED else came)
+    assert reader.words[H] == registers
+    assert reader.silent[H] == {3, 50, 51, 90}
+    assert not reader.holes
+
+
+def test_a_device_that_has_gone_silent_is_not_asked_for_every_register() -> None:
+    reader = Reader([Ask(H, 0, 1000)])
+    asked = 0
+    while (ask := reader.next()) is not None:
+        asked += 1
+        reader.told(ask, Outcome.SILENCE)
+    assert asked < 100
+
+
 # --- the whole device ---
 
 
@@ -95,6 +115,19 @@ def test_a_map_at_any_base_is_found_whole(seed: int) -> None:
         if len(hunt.words[table]) == len(registers) and not hunt.following:
             break
     assert hunt.words[table] == registers, f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_map_is_found_whole_although_the_device_is_silent_where_it_has_none(seed: int) -> None:
+    rng = random.Random(seed)
+    registers = random_map(rng)
+    hunt = Hunt([H])
+    while (ask := hunt.next()) is not None:
+        came = answer(registers, ask, longest=60)
+        hunt.told(ask, Outcome.SILENCE if came is Outcome.REFUSED else came)
+        if len(hunt.words[H]) == len(registers) and not hunt.following:
+            break
+    assert hunt.words[H] == registers, f"seed {seed}"
 
 
 def test_low_addresses_are_found_soon() -> None:

@@ -193,9 +193,10 @@ def plain(registers: dict[int, int]) -> Callable[[bytes], bytes]:
 
 
 class OnPty:
-    """Devices at the far end of a serial line: unit -> answer to a request's PDU. `link` is the port's name."""
+    """Devices at the far end of a serial line: unit -> answer to a request's PDU (`None`: silence). `link` is the
+    port's name."""
 
-    def __init__(self, units: dict[int, Callable[[bytes], bytes]], link: Path) -> None:
+    def __init__(self, units: dict[int, Callable[[bytes], bytes | None]], link: Path) -> None:
         self.units = units
         self.link = link
         self.requests = 0
@@ -223,8 +224,9 @@ class OnPty:
             self._buffer = self._buffer[8:]
             self.requests += 1
             answer = self.units.get(frame[0])
-            if answer is not None:
-                body = frame[:1] + answer(frame[1:6])
+            told = answer(frame[1:6]) if answer is not None else None
+            if told is not None:
+                body = frame[:1] + told
                 os.write(self._master, body + crc16(body))
 
 
