@@ -54,7 +54,7 @@ def add(
 
     \b
     headgate add meter --profile eastron-sdm630 --port /dev/ttyUSB0 --unit 7
-    headgate add meter --host 192.0.2.10 --point 'voltage,register=0,type=f32,unit=V'
+    headgate add meter --host 192.0.2.10 --point 'power,register=0,unit=W'
     headgate add meter --found 1
 
     Only lines are added to the file: its comments and its order stay. It is valid afterwards, or untouched, whatever

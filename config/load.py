@@ -76,6 +76,8 @@ def load(file: Path, to: type[T]) -> T:
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'? (valid: …)`, or only the valid words."""
     valid = sorted(words)
+    if not valid:
+        return "; there is none at all"
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     meant = f"; did you mean {close[0]!r}?" if close else ""
     return f"{meant} (valid: {', '.join(valid)})"

@@ -207,6 +207,30 @@ async def test_a_configuration_that_is_not_there_is_told_with_the_way_to_begin_o
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "add",
+        "probe",
+        "read",
+        "watch",
+        "write",
+        "scan",
+        "scan modbus",
+        "scan serial",
+        "scan ble",
+        "scan all",
+    ],
+)
+async def test_every_help_fits_a_terminal_of_80_columns(command: str, tmp_path: Path) -> None:
+    process = await Technician(tmp_path).starts(*command.split(), "--help")
+    out, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert [line for line in out.decode().splitlines() if len(line) > 80] == []
+    assert not command or "130 stopped by" in " ".join(out.decode().split()), "exit codes are told"
+
+
+@pytest.mark.parametrize(
     ("words", "code"),
     [
         (("read", "boilr"), 2),

@@ -140,6 +140,10 @@ def test_a_file_that_is_not_there_or_is_a_folder_is_named(tmp_path: Path) -> Non
             read_toml(path)
 
 
+def test_where_no_word_is_valid_none_is_listed() -> None:
+    assert nearest("meter", []) == "; there is none at all"
+
+
 def test_no_nearest_word_is_invented() -> None:
     assert nearest("zzzz", ["mqtt", "https"]) == " (valid: https, mqtt)"
 
