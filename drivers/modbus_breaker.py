@@ -36,7 +36,7 @@ MOST_LONGEST_S: Final = 8.0
 LONG_DEAD_S: Final = 600.0
 LONG_DEAD_LONGEST_S: Final = 60.0
 PATIENT_EVERY: Final = 4  #: every so many probes one waits as long as the request may take,
-WHOLE_EVERY: Final = 8  #: and one is the whole request, for some devices mind any other:
+WHOLE_EVERY: Final = 16  #: and one is the whole request, for some devices mind any other:
 FIRST_WHOLE: Final = 2  #: this one first
 
 

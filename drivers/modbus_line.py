@@ -131,6 +131,7 @@ class _Owner:
         self._probed: Breaker | None = None
         self._breakers: dict[int, Breaker] = {}
         self._slowest_s: dict[int, float] = {}  #: turnaround, by unit
+        self._knows_brief: set[int] = set()  #: units that answered a brief read
         self._silence_s = address.silence_s if isinstance(address, SerialPort) else 0.0
         self.reply_due_s = 0.0  #: until then a reply to a request that nobody waits for may come
         self._form_due_s: dict[_Form, float] = {}  #: the same, of a reply that has this form
@@ -257,8 +258,8 @@ class _Owner:
             self._send(wire, request, None)
             return True
         verdict = breaker.verdict(self._loop.time())
-        if verdict is Verdict.WHOLE_PROBE and wire.has_transactions:
-            verdict = Verdict.PROBE  # none is brief here
+        if verdict is Verdict.WHOLE_PROBE and (wire.has_transactions or request.unit in self._knows_brief):
+            verdict = Verdict.PROBE  # none is brief here, or it minds none
         reads = request.pdu[0] in _READS
         # One failure, and a unit whose turnaround is known gets no more than that, lest it holds up all others. (A
         # write may take its time.)
@@ -335,6 +336,7 @@ class _Owner:
             self._judge(series[len(replies)].unit, reply)
         if self._is_brief:
             self._is_brief = False
+            self._knows_brief.add(series[len(replies)].unit)
             if not job.done.done() and _lives(reply):
                 self._proceed_or_next()
                 return

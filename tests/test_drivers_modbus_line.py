@@ -613,12 +613,13 @@ def test_a_silent_unit_is_left_alone_longer_and_longer() -> None:
 
 def test_some_probes_are_patient_and_the_second_is_the_whole_request() -> None:
     breaker, now_s, verdicts = Breaker(), 0.0, []
-    for _ in range(3 + 12):
+    for _ in range(3 + 20):
         verdicts.append(breaker.verdict(now_s))
         breaker.failed(Reason.TIMEOUT, now_s, 0.1)
         now_s = max(now_s, breaker.again_s)
     brief, patient, whole = Verdict.PROBE, Verdict.PATIENT_PROBE, Verdict.WHOLE_PROBE
-    probes = [brief, whole, brief, patient, brief, brief, brief, patient, brief, whole, brief, patient]
+    usual = [brief, brief, brief, patient]
+    probes = [brief, whole, brief, patient, *usual * 3, brief, whole, brief, patient]
     assert verdicts == [Verdict.PASS] * 3 + probes
 
 
@@ -792,6 +793,21 @@ async def test_a_unit_that_is_back_is_found_by_a_brief_read_and_its_values_come_
             await asyncio.sleep(0.01)
         assert reply == struct.pack(">40H", *range(5, 45))
         assert [pdu for _, pdu in model.asked] == [bytes.fromhex("0300050002"), request.pdu]
+        # That it answers brief reads is known from now on: no probe is a whole request, of a form that others have too.
+        del units[1]
+        sizes: list[int] = []
+
+        def note(sent: bytes, _: object) -> bytes:
+            sizes.append(sent[5])
+            return sent
+
+        monkeypatch.setattr(model, "understood", note)
+        while len(sizes) < 6:
+            with contextlib.suppress(DeviceUnreachable):
+                await line.exchange([request])
+            assert asyncio.get_running_loop().time() < deadline_s
+            await asyncio.sleep(0.01)
+        assert sizes == [40, 2, 2, 2, 2, 2]
 
 
 async def test_a_unit_that_is_silent_to_brief_reads_is_back_all_the_same(
