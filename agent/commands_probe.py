@@ -488,6 +488,7 @@ def _told_matches(
         places = [
             {
                 "table": one.table, "register": one.register, "type": one.kind, "order": one.order, "scale": one.scale,
+                "offset": one.offset,
                 "raw": one.raw, "value": one.value, "off": one.off, "score": one.score, "moves": one.moves,
                 "exact": one.exact, "point": guess.point_table(name, expected.unit, one),
             }
@@ -524,7 +525,7 @@ def _show_matches(session: _Session, wanted: dict[str, Expected], found: dict[st
         rows += [
             [
                 one.table.value, str(one.register), _type_words(one), one.order if one.kind.registers > 1 or
-                one.order != "ABCD" else "-", f"{one.scale:g}", technician.number(one.raw),
+                one.order != "ABCD" else "-", f"{one.scale:g}" + " K" * bool(one.offset), technician.number(one.raw),
                 technician.number(one.value), f"{one.off:.3g}" if one.off else "-", "yes" if one.moves else "-",
             ]
             for one in matches[:_SHOWN]

@@ -405,7 +405,7 @@ class Match(msgspec.Struct, frozen=True):
     order: str
     scale: float
     raw: Number  #: as it was last
-    value: float  #: raw * scale
+    value: float  #: raw * scale + offset
     off: float  #: from the display, in its unit; 0 where it shows the same digits
     score: float  #: decimal digits of evidence; what chance would bring has 0 or less
     moves: bool
@@ -413,6 +413,7 @@ class Match(msgspec.Struct, frozen=True):
         0  #: words of it that hold nothing but sign: the wider type explains them, a narrower one does not
     )
     or_kind: Kind | None = None  #: shows the same today, and may be meant: u16 or i16
+    offset: float = 0.0  #: value = raw * scale + offset: of a temperature that is held in Kelvin
 
     @property
     def exact(self) -> bool:
@@ -448,9 +449,36 @@ _LN_WORD: Final = math.log(2.0**16)
 _INEXACT: Final = 0.7  #: digits taken from what does not show the display's own digits
 
 
+KELVIN: Final = 273.15
+_CELSIUS: Final = ("cel", "c", "°c", "degc", "celsius")
+_EVIDENCE_OF_KELVIN: Final = -1.3  #: digits: about one thermometer in twenty
+
+
 def match(observations: Sequence[Observation]) -> list[Match]:
     """Where the displayed value stands, best first. With several observations (the display read again later), what
-    shows all of them."""
+    shows all of them. What is shown in Celsius may be held in Kelvin."""
+    matches = _match(observations)
+    if observations and all(each.expected.unit.lower() in _CELSIUS for each in observations):
+        held = [
+            msgspec.structs.replace(
+                each, expected=msgspec.structs.replace(each.expected, value=each.expected.value + KELVIN)
+            )
+            for each in observations
+        ]
+        matches += [
+            msgspec.structs.replace(
+                each,
+                value=each.value - KELVIN,
+                offset=-KELVIN,
+                score=round(each.score + _EVIDENCE_OF_KELVIN, 2),
+            )
+            for each in _match(held)
+            if each.exact
+        ]
+    return sorted(matches, key=_rank)
+
+
+def _match(observations: Sequence[Observation]) -> list[Match]:
     found: dict[_Place, list[_Seen]] = {}
     for observation in observations:
         for key, one in _matches(observation).items():
@@ -676,7 +704,9 @@ def match_all(observations: Mapping[str, Sequence[Observation]]) -> dict[str, li
 
 
 _EVIDENCE_OF_OTHERS: Final = 0.7  #: digits: another value of this display stands there in the same way
-_Way: TypeAlias = tuple[Table, str, int, bool]
+_Way: TypeAlias = tuple[
+    Table, str, int, bool
+]  #: a temperature in Kelvin among others is laid out as they are
 
 
 def _way(match_: Match) -> _Way:
@@ -711,6 +741,8 @@ def point_table(name: str, unit: str, match_: Match) -> dict[str, str | int | fl
         table["order"] = match_.order
     if match_.scale != 1.0:
         table["scale"] = match_.scale
+    if match_.offset:
+        table["offset"] = match_.offset
     if unit:
         table["unit"] = unit
     return table

@@ -260,3 +260,30 @@ def test_a_match_becomes_a_point_that_says_only_what_is_not_the_default() -> Non
 
 def test_expected_digits_are_counted_from_the_step() -> None:
     assert Expected("x", 1.0, 0.001).decimals == 3
+
+
+@pytest.mark.parametrize(
+    ("shown", "words", "kind", "scale"),
+    [
+        ("20.5 Cel", [2937], Kind.U16, 0.1),  # 293.7 K is 20.55 Cel
+        ("-12.25 °C", [26090], Kind.U16, 0.01),
+        ("21.37 C", list(struct.unpack(">2H", struct.pack(">f", 294.52))), Kind.F32, 1.0),
+    ],
+)
+def test_a_temperature_in_celsius_may_be_held_in_kelvin(
+    shown: str, words: list[int], kind: Kind, scale: float
+) -> None:
+    expected = parse_expected(shown)
+    held = dict(enumerate([0, 0, 7, *words, 12, 0]))
+    best = match([Observation(expected, [{Table.HOLDING: held}])])[0]
+    assert (best.register, best.kind, best.scale, best.offset) == (3, kind, scale, -273.15)
+    assert abs(best.value - expected.value) <= expected.step / 2 * 1.001
+    assert point_table("t", "Cel", best)["offset"] == -273.15
+
+
+def test_nothing_but_a_temperature_is_looked_for_in_kelvin() -> None:
+    held = {Table.HOLDING: {0: 2937}}
+    assert all(one.offset == 0 for one in match([Observation(parse_expected("20.5 V"), [held])]))
+    assert all(one.offset == 0 for one in match([Observation(parse_expected("20.5"), [held])]))
+    plain = match([Observation(parse_expected("20.5 Cel"), [{Table.HOLDING: {0: 205, 1: 2937}}])])
+    assert (plain[0].register, plain[0].offset) == (0, 0.0), "Celsius is likelier"
