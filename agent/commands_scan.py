@@ -473,7 +473,12 @@ async def _sweep_port(
         sweep.told(ask, heard)
         if heard is Heard.ANSWER:
             hits.append(_Hit(address, ask.unit, reply))
-            search.tell(f"{ask.setting}, unit {ask.unit} answers")
+            rest = ""
+            if len(hits) == 1 and sweep.left and not first:
+                until = technician.duration(sweep.left_s())
+                rest = f"; {sweep.left} more addresses at this setting, at most {until}"
+                rest = rest.replace(" at this setting", "") if sweep.whole else rest
+            search.tell(f"{ask.setting}, unit {ask.unit} answers{rest}")
             if first:
                 return
 

@@ -187,7 +187,7 @@ class Sweep:
         whole: bool = False,
     ) -> None:
         self._turnaround_s = turnaround_s
-        self._whole = whole
+        self.whole = whole
         units = list(units)
         self._units = units
         low = [unit for unit in units if unit <= LOW_UNITS]
@@ -228,7 +228,7 @@ class Sweep:
 
     def told(self, ask: Ask, heard: Heard) -> None:
         if heard is Heard.ANSWER:
-            if self.settled is None and not self._whole:
+            if self.settled is None and not self.whole:
                 self._settle(ask.setting)
             self.settled = self.settled or ask.setting
         elif heard is Heard.NOISE:

@@ -12,7 +12,7 @@ import pytest
 from agent import commands_scan
 from agent.technician import Way
 from drivers import modbus_line
-from drivers.modbus_scan import COMMON, Setting
+from drivers.modbus_scan import COMMON, Heard, Setting, Sweep
 from tests.fakes.modbus_peer import ScriptedTcp, Unit, tcp_peer
 from tests.fakes.quick_loop import run_quickly
 from tests.fakes.serial_line_model import ModelUnit, SerialLineModel
@@ -73,6 +73,29 @@ def test_a_full_sweep_takes_what_it_said(
     assert code == 1
     assert told["asked"] == 6 * 247
     assert took_s == pytest.approx(told["estimate_s"], rel=0.1)
+
+
+def test_a_full_sweep_takes_what_it_said_although_devices_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    units = {unit: ModelUnit(holding=[7] * 10, turnaround_s=0.03) for unit in (3, 17, 200)}
+    model = SerialLineModel(units, baud=9600, parity="N", device=DEVICE)
+    code, told, took_s = scanned(model, tmp_path, monkeypatch, capsys, full=True)
+    assert code == 0
+    assert took_s == pytest.approx(told["estimate_s"], rel=0.1)
+
+
+def test_after_a_find_the_rest_takes_what_is_said_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = SerialLineModel({1: ModelUnit(holding=[7] * 10)}, baud=9600, parity="N", device=DEVICE)
+    sweep = Sweep(COMMON, range(1, 248), turnaround_s=0.2)
+    first = sweep.next()
+    assert first is not None
+    sweep.told(first, Heard.ANSWER)
+    assert sweep.left == 246
+    _, _, took_s = scanned(model, tmp_path, monkeypatch, capsys)
+    assert took_s == pytest.approx(sweep.left_s(), rel=0.1)
 
 
 def test_all_units_of_a_line_are_found_at_its_setting_and_say_what_they_are(
