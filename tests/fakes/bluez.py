@@ -213,6 +213,19 @@ class FakeBlueZ:
         self.plug()
         return self
 
+    async def delivered_all(self) -> None:
+        """Until the bus has taken and passed on what was sent: the answer to a question asked after it is here."""
+        for _ in range(2):
+            if self._bus is not None:
+                await self._bus.call(
+                    Message(
+                        destination="org.freedesktop.DBus",
+                        path="/org/freedesktop/DBus",
+                        interface="org.freedesktop.DBus",
+                        member="GetId",
+                    )
+                )
+
     def stop(self) -> None:
         """End as a killed bluetoothd does: no farewell, sessions and devices forgotten."""
         for task in self._tasks:
@@ -658,6 +671,9 @@ async def _serve(folder: Path, sensors: int, period_s: float, seed: int) -> None
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    # Falls silent and closes its books, and stays: who compares them can hear the last advert before the end.
+    silent = asyncio.Event()
+    loop.add_signal_handler(signal.SIGUSR1, silent.set)
     books: dict[str, int] = {}
     try:
         bluez = await FakeBlueZ().start()
@@ -667,14 +683,17 @@ async def _serve(folder: Path, sensors: int, period_s: float, seed: int) -> None
         ]
         ready = {"address": bus.address, "sensors": [sensor_address(index) for index in range(sensors)]}
         print(json.dumps(ready), flush=True)
-        await stop.wait()
+        ends = [asyncio.create_task(event.wait()) for event in (stop, silent)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
-        bluez.stop()
+        await bluez.delivered_all()
         print(
             json.dumps({"offered": bluez.offered, "delivered": bluez.delivered, "by_sensor": books}),
             flush=True,
         )
+        await (asyncio.sleep(0) if stop.is_set() else stop.wait())
+        bluez.stop()
     finally:
         bus.stop()
 
