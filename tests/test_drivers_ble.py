@@ -682,7 +682,7 @@ async def test_what_a_plant_in_another_process_delivered_is_what_was_read(
             plant.send_signal(signal.SIGUSR1)
             async with asyncio.timeout(WAIT_S):
                 books = json.loads(await plant.stdout.readline())
-            # The scan begins with the first device: what came before a later one listened is in the plant's books alone.
+            # The scan begins with the first device: what came before a later one listened, only the plant knows.
             await until(lambda: all(sent - got[of] in (0, 1, 2) for of, sent in books["by_sensor"].items()))
             plant.terminate()
             await asyncio.wait(readers, timeout=WAIT_S)
