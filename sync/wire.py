@@ -95,7 +95,10 @@ class ScanFrame(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
 class GapFrame(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """A counted hole: what was dropped, when and why. `first..last` are the dropped seqs of `epoch`; a hole in front
-    of the buffer (an overrun, a full push queue) has no seqs: `first = last = 0`."""
+    of the buffer (an overrun, a full push queue) has no seqs: `first = last = 0`.
+
+    Where the buffer drops by priority, frames of other priorities stand between those it drops: `frames` then says
+    how many of `first..last` are gone, and the others of the range are held, sent or in another gap (`sparse`)."""
 
     epoch: int
     first: int
@@ -107,6 +110,13 @@ class GapFrame(msgspec.Struct, frozen=True, array_like=True, tag=1):
     boot: int
     from_boot_ns: int
     to_boot_ns: int
+    priority: str = ""  #: of all that was dropped: alarm, normal or bulk; "" where unknown or mixed
+    frames: int = 0  #: how many of the seqs `first..last` are gone; 0: all of them
+
+    @property
+    def sparse(self) -> bool:
+        """Whether other frames within `first..last` are none of this gap's. What it reports was never sent."""
+        return 0 < self.frames <= self.last - self.first
 
 
 class EventFrame(msgspec.Struct, frozen=True, array_like=True, tag=2):

@@ -1,6 +1,7 @@
 """Writes the test vectors of the current envelope version: `python -m tests.vectors.make`.
 
-A version's vectors are written once, when the version is made, and never again: tests read the stored file.
+A version's vectors are written once, when the version is made, and never again: tests read the stored file. Fields
+that a version gained later are in `added.json`, where only new entries are ever added.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def examples() -> dict[str, object]:
     frames = [wire.encode_scan(packing, scan, 3) for scan in scans]
     gap = wire.GapFrame(77, 5, 9, 5, 30, "evicted", "", 3, 10, 20)
     event = wire.EventFrame(3, 4_000_000_000, "link-down", "connect: refused", "")
-    frames += [wire.encode_frame(gap), wire.encode_frame(event)]
+    gap_then = msgspec.msgpack.encode(_gap_fields(gap, 11))  # before a gap had a priority
+    frames += [gap_then, wire.encode_frame(event)]
     clocks = [
         wire.ClockRow(3, "0b5c9f0e-5a9b-4b59-8f34-1f1fd4f6a001", 500, 1_790_000_000_000_000_500, True, 1000)
     ]
@@ -62,7 +64,7 @@ def examples() -> dict[str, object]:
             }
             for s, f in zip(scans, frames, strict=False)
         ],
-        "gap": {"fields": msgspec.to_builtins(gap), "frame": frames[3].hex()},
+        "gap": {"fields": _gap_fields(gap, 11), "frame": frames[3].hex()},
         "event": {"fields": msgspec.to_builtins(event), "frame": frames[4].hex()},
         "batch": {
             "gateway": "acme/plant-1",
@@ -73,6 +75,23 @@ def examples() -> dict[str, object]:
         },
         "ack": {"fields": msgspec.to_builtins(ack), "bytes": wire.encode_reply(ack).hex()},
         "nack": {"fields": msgspec.to_builtins(nack), "bytes": wire.encode_reply(nack).hex()},
+    }
+
+
+def _gap_fields(gap: wire.GapFrame, count: int) -> list[object]:
+    fields: list[object] = msgspec.to_builtins(gap)
+    return fields[:count]
+
+
+def added() -> dict[str, object]:
+    """What version 1 gained after its vectors were written."""
+    whole = wire.GapFrame(77, 5, 9, 5, 30, "evicted", "", 3, 10, 20, "bulk", 5)
+    sparse = wire.GapFrame(77, 5, 904, 300, 1800, "thinned", "", 3, 10, 20, "normal", 300)
+    return {
+        "gaps": [
+            {"fields": msgspec.to_builtins(gap), "sparse": gap.sparse, "frame": wire.encode_frame(gap).hex()}
+            for gap in (whole, sparse)
+        ]
     }
 
 
