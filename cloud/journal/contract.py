@@ -4,15 +4,17 @@ Rules:
 1. `append` is durable when it returns (a power cut after it loses nothing), atomic for the whole call, and dedupes by
    interval of (gateway, epoch, seq) in the same transaction: what it already holds is never held twice.
 2. Offsets grow by commit order and are never reused. An entry's bytes never change.
-3. Each sink has its own cursor; `trim` removes only what every named sink is past.
-4. A full journal refuses (`JournalFull`): nothing is dropped to make room.
+3. Each sink has its own cursor; `trim` removes only what every required sink is past. What an optional sink was not
+   past is counted as missed, by gateway, in the same commit.
+4. A full journal refuses (`JournalFull`): nothing is dropped to make room. What it holds already needs none, and is
+   still told apart (`JournalFull.held`).
 
 Every journal passes `tests/journal_conformance.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -71,16 +73,40 @@ class JournalState(msgspec.Struct, frozen=True):
     oldest_received_at_ns: int | None
 
 
+class Missed(msgspec.Struct, frozen=True):
+    """What was trimmed before a sink had it, until the sink has been given it again (`headgate-cloud replay`)."""
+
+    sink: str
+    gateway: str
+    batches: int
+    readings: int  #: at most
+    first_offset: int
+    last_offset: int
+    from_ns: int  #: received at
+    to_ns: int
+
+
+class Hole(msgspec.Struct, frozen=True):
+    """Seqs between others of the epoch that never came: still at the gateway, reported as a gap, or gone."""
+
+    gateway: str
+    epoch: int
+    first: int
+    last: int
+
+
 class JournalError(Exception):
     """The root; the text names the remedy."""
 
 
 class JournalFull(JournalError):
-    """No room (the byte cap, or the disk): the door answers retry-after."""
+    """No room (the byte cap, or the disk): the door answers retry-after. `held` are the places, among the entries of
+    the refused call, of those that were durably held before, whole: these may be acknowledged."""
 
-    def __init__(self, text: str, retry_after_s: float) -> None:
+    def __init__(self, text: str, retry_after_s: float, held: tuple[int, ...] = ()) -> None:
         super().__init__(text)
         self.retry_after_s = retry_after_s
+        self.held = held
 
 
 class JournalBroken(JournalError):
@@ -117,15 +143,28 @@ class Journal(Protocol):
     async def cursor(self, sink: str) -> int:
         """The offset up to which `sink` is done; 0 for a new sink."""
 
-    async def commit(self, sink: str, offset: int) -> None:
-        """Durable when it returns. A cursor never moves back (a replay is a `reset`)."""
+    async def commit(self, sink: str, offset: int, *, expired: Mapping[str, int] | None = None) -> None:
+        """Durable when it returns. A cursor never moves back (a replay is a `reset`). `expired` are readings, by
+        gateway, that the sink did not take because they are older than it keeps anything; counted with the cursor."""
 
     async def reset(self, sink: str, offset: int) -> None:
         """Move a cursor anywhere, for a replay."""
 
-    async def trim(self, sinks: Sequence[str], *, keep_s: float, max_bytes: int) -> int:
+    async def trim(
+        self, sinks: Sequence[str], *, keep_s: float, max_bytes: int, optional: Sequence[str] = ()
+    ) -> int:
         """Remove entries that every one of `sinks` is past and that are older than `keep_s`, or, oldest first, until
-        the log fits `max_bytes`. Returns how many were removed."""
+        the log fits `max_bytes`. What one of `optional` was not past is recorded as missed, and its cursor moved, in
+        the same commit. Returns how many were removed."""
+
+    async def note_missed(self, sink: str, after: int, upto: int) -> None:
+        """`sink` resumes behind the oldest entry held: what lay between `after` and `upto` it has missed."""
+
+    async def missed(self) -> list[Missed]:
+        """By sink and gateway."""
+
+    async def forget_missed(self, sink: str, gateway: str) -> None:
+        """The sink has it after all."""
 
     async def holds(self, gateway: str, epoch: int, first: int, last: int) -> tuple[Range, ...]:
         """Which parts of first..last were ever appended (also after trim)."""

@@ -8,7 +8,8 @@ Rules:
 3. Readers have their own read-only connections and threads; nobody but the writer checkpoints (SQLite 3.7 to 3.51.2
    has a WAL-reset race between two checkpointers).
 4. Every row carries a CRC over all its columns. SQLite checks none: 127 of 200 flipped bits came back as wrong rows.
-5. Full means refused, before anything is written; cursors and trim still work then, so it recovers by itself.
+5. Full means refused, before anything is written; cursors and trim still work then, so it recovers by itself. What
+   is held already is told apart also then: a gateway whose ack was lost need not wait for room.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -37,10 +38,12 @@ from cloud.journal.contract import (
     Entry,
     EntryDamaged,
     GatewayCount,
+    Hole,
     JournalBroken,
     JournalError,
     JournalFull,
     JournalState,
+    Missed,
     Range,
     Stored,
 )
@@ -48,7 +51,7 @@ from cloud.journal.contract import (
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 PAGE_BYTES: Final = 8192  #: a 2 to 5 KB batch fits a page; 4096 needs an overflow page for most
 GROUP_ENTRIES: Final = 8192  #: of one transaction
 GROUP_BYTES: Final = 16 * 1024 * 1024
@@ -63,6 +66,9 @@ CACHED_RANGES: Final = 500_000  #: of dedupe, in memory: about 50 MB
 CACHED_SETS: Final = 50_000
 READERS: Final = 4
 
+#: What brings an empty file to version 1, version 1 to 2, ...
+_STEPS: Final = ("sqlite.sql", "sqlite_2.sql")
+
 _INSERT = """INSERT INTO entry (offset, gateway, epoch, first, last, readings, received_at_ns, fresh, crc32, payload)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _COUNT = """INSERT INTO gateway_count (gateway, batches, frames_received, frames_duplicate, readings_stored)
@@ -71,6 +77,15 @@ batches = batches + excluded.batches,
 frames_received = frames_received + excluded.frames_received,
 frames_duplicate = frames_duplicate + excluded.frames_duplicate,
 readings_stored = readings_stored + excluded.readings_stored"""
+_MOVE = """INSERT INTO cursor (sink, offset) VALUES (?, ?)
+ON CONFLICT (sink) DO UPDATE SET offset = max(offset, excluded.offset)"""
+_EXPIRE = """INSERT INTO expired (sink, gateway, readings) VALUES (?, ?, ?)
+ON CONFLICT (sink, gateway) DO UPDATE SET readings = readings + excluded.readings"""
+_MISS = """INSERT INTO missed (sink, gateway, batches, readings, first_offset, last_offset, from_ns, to_ns)
+VALUES (?, ?, 1, ?, ?, ?, ?, ?) ON CONFLICT (sink, gateway) DO UPDATE SET batches = batches + 1,
+readings = readings + excluded.readings, first_offset = min(first_offset, excluded.first_offset),
+last_offset = max(last_offset, excluded.last_offset), from_ns = min(from_ns, excluded.from_ns),
+to_ns = max(to_ns, excluded.to_ns)"""
 # The texts as bytes: a damaged one may not be UTF-8 any more.
 _READ = """SELECT offset, CAST(gateway AS BLOB), epoch, first, last, readings, received_at_ns,
 CAST(fresh AS BLOB), crc32, payload FROM entry WHERE offset > ? ORDER BY offset LIMIT ?"""
@@ -221,14 +236,14 @@ class SqliteJournal:
             db.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}")
             db.execute("PRAGMA mmap_size = 0")
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                schema = Path(__file__).with_suffix(".sql").read_text()
-                db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
-                _sync_folder(self.path.parent)
-            elif version != SCHEMA_VERSION:
+            if version > SCHEMA_VERSION:
                 raise JournalBroken(
                     f"{self.path}: version {version}; this program knows version {SCHEMA_VERSION}: run the newer one"
                 )
+            for step in _STEPS[version:]:  # one transaction each: killed in between, it goes on from there
+                schema = Path(__file__).with_name(step).read_text()
+                db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
+                _sync_folder(self.path.parent)
             page = db.execute("PRAGMA page_size").fetchone()[0]
             # The hard stop stands above our own check: cursors and trim must find room when entries do not.
             db.execute(f"PRAGMA max_page_count = {(self._page_bytes + self._page_bytes // 16) // page + 64}")
@@ -305,7 +320,10 @@ class SqliteJournal:
             if job.future.done():  # its caller has gone; what was committed stays committed
                 continue
             if failed is not None:
-                job.future.set_exception(_copy(failed))
+                refused = (
+                    job.refused if isinstance(job, _Append) and isinstance(failed, JournalFull) else None
+                )
+                job.future.set_exception(refused or _copy(failed))
             elif isinstance(job, _Task):
                 job.future.set_result(job.result)
             elif job.refused is not None:
@@ -337,12 +355,13 @@ class SqliteJournal:
         """Why the last writes failed, None where they did not."""
         return self._broken or (str(self._refusal()) if self._full else None)
 
-    def _refusal(self) -> JournalFull:
+    def _refusal(self, held: tuple[int, ...] = ()) -> JournalFull:
         return JournalFull(
             f"{self.path}: {self._used_bytes // 1024} KiB of {self._page_bytes // 1024} KiB used, "
             f"{self._free_bytes() // 1024**2} MiB free on the disk; raise journal.max_mb, free the disk, or look why a "
             "sink is behind",
             RETRY_FULL_S,
+            held,
         )
 
     # --- writing, the writer's side ---
@@ -390,7 +409,7 @@ class SqliteJournal:
                 if isinstance(job, _Task):
                     job.result = job.work(db)
                 elif floor_hit or self._used_bytes + need + job.size_bytes > self._page_bytes:
-                    job.refused = self._refusal()
+                    job.refused = self._refusal(self._known(db, job.entries, dirty))
                 else:
                     need += job.size_bytes
                     job.results = [self._admit(db, e, rows, dirty, tallies) for e in job.entries]
@@ -404,13 +423,33 @@ class SqliteJournal:
             self._next = start
             for key in dirty:
                 self._forget(key)
-            return self._translate(err)
+            error = self._translate(err)
+            if isinstance(error, JournalFull):
+                with contextlib.suppress(sqlite3.Error):  # it cannot be read either: nothing is told apart
+                    for job in group:
+                        if isinstance(job, _Append):
+                            job.refused = JournalFull(
+                                str(error), error.retry_after_s, self._known(db, job.entries, {})
+                            )
+            return error
         self.commits += 1
         with contextlib.suppress(sqlite3.Error):  # it is committed: a failure to look must not take that back
             self._used_bytes = self._measure(db)
         self._shrink_cache()
         self._tidy_wal(db)
         return None
+
+    def _known(
+        self, db: sqlite3.Connection, entries: Sequence[Entry], dirty: dict[tuple[str, int], IntervalSet]
+    ) -> tuple[int, ...]:
+        """Which of them are held already, whole: to say so takes no room."""
+        places = []
+        for i, entry in enumerate(entries):
+            key = (entry.gateway, entry.epoch)
+            held = dirty.get(key) or self._load(db, key)
+            if not held.missing(entry.first, entry.last):
+                places.append(i)
+        return tuple(places)
 
     def _admit(
         self,
@@ -629,16 +668,16 @@ class SqliteJournal:
     async def cursor(self, sink: str) -> int:
         return self._cursors.get(sink, 0)
 
-    async def commit(self, sink: str, offset: int) -> None:
-        if offset <= self._cursors.get(sink, 0) and sink in self._cursors:
+    async def commit(self, sink: str, offset: int, *, expired: Mapping[str, int] | None = None) -> None:
+        if offset <= self._cursors.get(sink, 0) and sink in self._cursors and not expired:
             return
-        await self._write(
-            lambda db: db.execute(
-                "INSERT INTO cursor (sink, offset) VALUES (?, ?) "
-                "ON CONFLICT (sink) DO UPDATE SET offset = max(offset, excluded.offset)",
-                (sink, offset),
-            )
-        )
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_MOVE, (sink, offset))
+            if expired:
+                db.executemany(_EXPIRE, [(sink, gateway, n) for gateway, n in expired.items()])
+
+        await self._write(work)
         self._cursors[sink] = max(offset, self._cursors.get(sink, 0))
 
     async def reset(self, sink: str, offset: int) -> None:
@@ -651,34 +690,89 @@ class SqliteJournal:
         )
         self._cursors[sink] = offset
 
-    async def trim(self, sinks: Sequence[str], *, keep_s: float, max_bytes: int) -> int:
+    async def trim(
+        self, sinks: Sequence[str], *, keep_s: float, max_bytes: int, optional: Sequence[str] = ()
+    ) -> int:
         """With no sink named nothing is removed: nobody has read it."""
         if not sinks:
             return 0
         total = 0
+        lost: dict[str, list[int]] = {}
         while True:
-            upto = min(self._cursors.get(sink, 0) for sink in sinks)
             before_ns = self._clock_ns() - int(keep_s * 1e9)
-            removed = await self._write(lambda db: self._trim_chunk(db, upto, before_ns, max_bytes))  # noqa: B023
+            removed, moved = await self._write(
+                lambda db: _trim_chunk(db, self._measure(db), sinks, optional, before_ns, max_bytes)  # noqa: B023
+            )
+            for sink, (cut, batches, readings) in moved.items():
+                self._cursors[sink] = max(cut, self._cursors.get(sink, 0))
+                counts = lost.setdefault(sink, [0, 0])
+                counts[0] += batches
+                counts[1] += readings
             total += removed
             if removed < TRIM_CHUNK:
-                return total
-
-    def _trim_chunk(self, db: sqlite3.Connection, upto: int, before_ns: int, max_bytes: int) -> int:
-        rows = db.execute(
-            "SELECT offset, received_at_ns, length(payload) FROM entry WHERE offset <= ? ORDER BY offset LIMIT ?",
-            (upto, TRIM_CHUNK),
-        ).fetchall()
-        used = self._measure(db)
-        cut, n = 0, 0
-        for offset, received_at_ns, size in rows:
-            if received_at_ns >= before_ns and used <= max_bytes:
                 break
-            used -= size + ROW_OVERHEAD_BYTES
-            cut, n = offset, n + 1
-        if n:
-            db.execute("DELETE FROM entry WHERE offset <= ?", (cut,))
-        return n
+        for sink, (batches, readings) in lost.items():
+            log.error(
+                "sink %s is not required and too far behind: %d batches with %d readings were trimmed before it had "
+                "them; `headgate-cloud replay --sink %s` gives them to it from the archive",
+                sink, batches, readings, sink,
+            )  # fmt: skip
+        return total
+
+    async def note_missed(self, sink: str, after: int, upto: int) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                """INSERT INTO missed
+                SELECT ?1, c.gateway, 0, c.readings_stored - coalesce(h.readings, 0), ?2, ?3, 0, ?4
+                FROM gateway_count AS c LEFT JOIN (
+                    SELECT gateway, sum(readings) AS readings FROM entry INDEXED BY entry_account
+                    WHERE offset > 0 GROUP BY gateway
+                ) AS h USING (gateway) WHERE c.readings_stored > coalesce(h.readings, 0)
+                ON CONFLICT (sink, gateway) DO UPDATE SET readings = max(readings, excluded.readings),
+                first_offset = min(first_offset, excluded.first_offset),
+                last_offset = max(last_offset, excluded.last_offset), to_ns = max(to_ns, excluded.to_ns)""",
+                (sink, after + 1, upto, self._clock_ns()),
+            )
+            db.execute(_MOVE, (sink, upto))
+
+        await self._write(work)
+        self._cursors[sink] = max(upto, self._cursors.get(sink, 0))
+
+    async def missed(self) -> list[Missed]:
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT sink, gateway, batches, readings, first_offset, last_offset, from_ns, to_ns FROM missed "
+                "ORDER BY sink, gateway"
+            ).fetchall()
+        )
+        return [Missed(*row) for row in rows]
+
+    async def forget_missed(self, sink: str, gateway: str) -> None:
+        await self._write(
+            lambda db: db.execute("DELETE FROM missed WHERE sink = ? AND gateway = ?", (sink, gateway))
+        )
+
+    async def expired(self, sink: str) -> dict[str, int]:
+        """Readings by gateway that `sink` did not take because they were older than it keeps anything."""
+        rows = await self._read(
+            lambda db: db.execute("SELECT gateway, readings FROM expired WHERE sink = ?", (sink,)).fetchall()
+        )
+        return dict(rows)
+
+    async def pending(self, after: int, upto: int) -> dict[str, int]:
+        """Readings by gateway in the entries above `after`, up to `upto`; counted without their payloads."""
+        return await self._read(lambda db: _pending(db, after, upto))
+
+    async def holes(self, limit: int = 10_000) -> list[Hole]:
+        """The first `limit` holes, by gateway, epoch and seq."""
+        rows = await self._read(
+            lambda db: db.execute(
+                "SELECT gateway, epoch, before + 1, first - 1 FROM (SELECT gateway, epoch, first, lag(last) OVER "
+                "(PARTITION BY gateway, epoch ORDER BY first) AS before FROM held) WHERE before IS NOT NULL LIMIT ?",
+                (limit,),
+            ).fetchall()
+        )
+        return [Hole(*row) for row in rows]
 
     async def record_state(self, gateway: str, received_at_ns: int, state: bytes) -> None:
         """Keep a gateway's latest heartbeat (UTF-8 text)."""
@@ -697,6 +791,66 @@ class SqliteJournal:
             ).fetchall()
         )
         return [GatewayState(gateway, at, state.encode()) for gateway, at, state in rows]
+
+
+def _trim_chunk(
+    db: sqlite3.Connection, used: int, required: Sequence[str], optional: Sequence[str], before_ns: int, max_bytes: int
+) -> tuple[int, dict[str, tuple[int, int, int]]]:  # fmt: skip
+    """One transaction. How many entries went, and for each optional sink that was not past them: where its cursor
+    is now, and the batches and readings that it missed. The cursors are those of this transaction."""
+    cursors: dict[str, int] = dict(db.execute("SELECT sink, offset FROM cursor").fetchall())
+    upto = min(cursors.get(sink, 0) for sink in required)
+    rows = db.execute(
+        "SELECT offset, received_at_ns, length(payload), gateway, first, last, readings, fresh FROM entry "
+        "WHERE offset <= ? ORDER BY offset LIMIT ?",
+        (upto, TRIM_CHUNK),
+    ).fetchall()
+    n = 0
+    for _, received_at_ns, size, *_ in rows:
+        if received_at_ns >= before_ns and used <= max_bytes:
+            break
+        used -= size + ROW_OVERHEAD_BYTES
+        n += 1
+    if not n:
+        return 0, {}
+    gone = rows[:n]
+    cut: int = gone[-1][0]
+    moved: dict[str, tuple[int, int, int]] = {}
+    for sink in optional:
+        behind = [row for row in gone if row[0] > cursors.get(sink, 0)]
+        if not behind:
+            continue
+        counted = [(row, _new_readings(*row[4:])) for row in behind]
+        db.executemany(
+            _MISS,
+            [(sink, row[3], new, row[0], row[0], row[1], row[1]) for row, new in counted],
+        )
+        db.execute(_MOVE, (sink, cut))
+        moved[sink] = (cut, len(behind), sum(new for _, new in counted))
+    db.execute("DELETE FROM entry WHERE offset <= ?", (cut,))
+    return n, moved
+
+
+def _new_readings(first: int, last: int, readings: int, fresh: str) -> int:
+    """As they were counted on the way in: evenly spread over the entry's frames."""
+    return readings if not fresh else readings * count(_ranges(first, last, fresh)) // (last - first + 1)
+
+
+def _pending(db: sqlite3.Connection, after: int, upto: int) -> dict[str, int]:
+    found: dict[str, int] = dict(
+        db.execute(
+            "SELECT gateway, sum(readings) FROM entry INDEXED BY entry_account "
+            "WHERE offset > ? AND offset <= ? AND fresh = '' GROUP BY gateway",
+            (after, upto),
+        ).fetchall()
+    )
+    for gateway, *entry in db.execute(
+        "SELECT gateway, first, last, readings, fresh FROM entry INDEXED BY entry_account "
+        "WHERE offset > ? AND offset <= ? AND fresh <> ''",
+        (after, upto),
+    ):
+        found[gateway] = found.get(gateway, 0) + _new_readings(*entry)
+    return found
 
 
 def _crc(
@@ -785,5 +939,5 @@ def _lenient(text: bytes) -> str:
 def _copy(error: JournalError) -> JournalError:
     """A fresh exception for each waiter: a shared one would grow a traceback per raise."""
     if isinstance(error, JournalFull):
-        return JournalFull(str(error), error.retry_after_s)
+        return JournalFull(str(error), error.retry_after_s, error.held)
     return JournalBroken(str(error))
