@@ -60,6 +60,7 @@ _LEARNT_EVERY_S: Final = 60.0  #: what drivers learnt is kept this often
 _LOADING_S: Final = 5.0  #: a module may take so long to load, once, from a slow card
 _STALLS_TOLD: Final = 6  #: stalls of one device in an hour that the log tells
 _CREDENTIAL_AGAIN_S: Final = 15.0
+_NEWS_S: Final = 5.0  #: a heartbeat for news comes no sooner after the one before
 _STUCK_COMMIT_S: Final = 60.0  #: readings pending for this long without a commit: the watchdog goes hungry
 
 EXIT_OK: Final = 0
@@ -442,7 +443,7 @@ class Daemon:
                 if link.state is not LinkState.DOWN:
                     link.state, link.since_ns = LinkState.DOWN, time.time_ns()
                     log.error("no way to the cloud: %s; readings are kept here meanwhile", err)
-                link.why = str(err)
+                link.why, link.cause = str(err), "credential"
             await asyncio.sleep(_CREDENTIAL_AGAIN_S)
         if uplink is None:
             await asyncio.Event().wait()
@@ -451,13 +452,21 @@ class Daemon:
             await self._forwarder.run()
 
     async def _beat(self, buffer: Buffer) -> None:
-        """The heartbeat: the status to the cloud, as soon as there is a way and then every `heartbeat_s`."""
+        """The heartbeat: the status to the cloud, as soon as there is a way, then every `heartbeat_s`, and soon after
+        something new is wrong or is well again."""
         every_s = self._config.uplink.heartbeat_s
+        told: set[tuple[str, str]] | None = None
+        sent_s = 0.0
         while True:
-            sent = self._forwarder is not None and await self._forwarder.report(
-                status_file.encode(self._told(buffer))
-            )
-            await asyncio.sleep(every_s if sent else min(every_s, 1.0))
+            status, now_s = self._told(buffer), time.monotonic()
+            wrong = {(problem.code, problem.device) for problem in status.problems}
+            news = wrong != told and now_s - sent_s >= _NEWS_S
+            if (told is None or news or now_s - sent_s >= every_s) and self._forwarder is not None:
+                if await self._forwarder.report(status_file.encode(status)):
+                    told, sent_s = wrong, now_s
+                else:
+                    told = None
+            await asyncio.sleep(min(every_s, 1.0))
 
     def _slow_jobs(self, buffer: Buffer) -> Any:
         """APScheduler ships no types; nothing but `start` and `shutdown` is asked of it outside."""
@@ -507,6 +516,7 @@ class Daemon:
         status.devices = [device.gauge.told(now_boot_ns) for device in self._devices.values()]
         status.rss_bytes = rss_bytes()
         status.cpu_s = round(time.process_time(), 3)
+        status.problems = status_file.problems(status, running=True, now_ns=status.written_ns)
         return status
 
     def _write(self, status: AgentStatus) -> None:

@@ -50,6 +50,7 @@ class DeviceHealth(msgspec.Struct, kw_only=True):
     since_ns: int = 0  #: wall clock: since when it is in this state
     why: str = ""  #: in words, empty where all is well
     remedy: str = ""
+    reason: str = ""  #: why, in one word (`drivers.contract.Reason`), where there is one
     last_good_ns: int | None = None  #: wall clock of the last scan with a value that is not bad
     points: int = 0
     period_ms: int = 0  #: 0: it speaks by itself, or is read as fast as it answers
@@ -143,6 +144,7 @@ class Gauge:
             health.since_ns = self._wall_ns()
         health.why = why.encode("utf-8", "replace").decode()  # a lone surrogate would end every heartbeat
         health.remedy = "" if reason is None else remedy(reason)
+        health.reason = "" if reason is None else reason.name.lower()
         return changed
 
     def held_up(self, lasted_s: float, where: str, *, again: bool = False) -> None:

@@ -85,6 +85,8 @@ def _families(status: AgentStatus) -> Iterator[str]:
         yield one("buffer_max_bytes", "gauge", "The cap.", buffer.max_bytes)
         conditions = [((("condition", buffer.condition.value),), 1)]
         yield _family("buffer_condition", "gauge", "How the buffer is.", conditions)
+    wrong = [((("code", p.code), ("device", p.device)), 1) for p in status.problems]
+    yield _family("problem", "gauge", "What is wrong now; no line: all well.", dict(wrong).items())
     devices = [((("device", d.name), ("driver", d.driver)), d) for d in status.devices]
     yield _family(
         "device_up", "gauge", "1 while it answers.", ((at, int(d.state is State.OK)) for at, d in devices)

@@ -49,6 +49,7 @@ class LinkHealth(msgspec.Struct, kw_only=True):
     since_ns: int = 0  #: wall clock
     target: str = ""  #: "mqtt host:port"
     why: str = ""
+    cause: str = ""  #: why, in one word (`sync.uplink.LinkDown`), while it is down
     in_flight: int = 0
     acked_batches: int = 0  #: in this run
     resent_batches: int = 0
@@ -65,6 +66,54 @@ class ConfigHealth(msgspec.Struct, kw_only=True):
     errors: list[str] = []
     notes: list[str] = []  #: what changed in the file since the start, and takes a restart
     reloaded_ns: int | None = None  #: wall clock of the last reload that was taken
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is wrong, and what to do about it."""
+
+    text: str
+    remedy: str = ""
+    code: str = (
+        ""  #: one of `Code`, or "device_" and the reason (drivers.contract.Reason): for metrics and the cloud
+    )
+    device: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+
+class Code(enum.StrEnum):
+    """One word for each thing that can be wrong, the same in the status, the heartbeat and the metrics. A code is
+    there while its cause is, and no longer. docs/reliability.md lists them with their remedies."""
+
+    AGENT_STOPPED = "agent_stopped"
+    AGENT_FAILED = "agent_failed"
+    AGENT_DIED = "agent_died"  #: it did not leave in order
+    AGENT_SILENT = "agent_silent"  #: it holds its lock and says nothing
+    AGENT_STALLED = "agent_stalled"  #: it stood still through no driver's fault
+    CONFIG_BAD = "config_bad"  #: the last good one is in force
+    CONFIG_RESTART = "config_restart"  #: a change waits for a restart
+    BUFFER_FULL = "buffer_full"  #: at its cap: what is evicted becomes gaps
+    BUFFER_HOLDING = "buffer_holding"  #: the disk refuses, for a reason not told apart below
+    BUFFER_SALVAGE = "buffer_salvage"  #: a damaged file was set aside, and what is good in it comes back
+    BUFFER_PARKED = "buffer_parked"  #: the cloud refused frames for good
+    DISK_LOW = "disk_low"  #: at the free-disk floor: what is evicted becomes gaps
+    DISK_FULL = "disk_full"
+    DISK_READONLY = "disk_readonly"
+    DISK_ERROR = "disk_error"
+    CLOCK_UNSYNCHRONIZED = "clock_unsynchronized"
+    CLOCK_SKEW = "clock_skew"  #: against the cloud's clock
+    LINK_DOWN = "link_down"  #: for a reason not told apart below
+    LINK_DNS = "link_dns"
+    LINK_REFUSED = "link_refused"  #: nothing listens there, or it hangs up
+    LINK_TIMEOUT = "link_timeout"  #: nothing answers: a firewall, a dead network
+    LINK_TLS = "link_tls"
+    LINK_CREDENTIAL = "link_credential"
+    LINK_SILENT = "link_silent"  #: the way is open and the cloud says nothing
+    LINK_WAITS = "link_waits"  #: the cloud asks to wait
+    LINK_METERED = "link_metered"  #: held back by the metered link's rules
+    LINK_FALLBACK = "link_fallback"  #: the first uplink is down, the second one is used
+    DRIVER_BLOCKS = "driver_blocks"
 
 
 class AgentStatus(msgspec.Struct, kw_only=True):
@@ -92,16 +141,9 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     stalled_s: float = 0.0
     stalled_at: str = ""  #: where, the last time
     stalled_ns: int | None = None  #: wall clock of the last time
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong, and what to do about it."""
-
-    text: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+    problems: list[
+        Problem
+    ] = []  #: as the agent judges itself, for whoever only reads (the cloud, the metrics)
 
 
 _encode = msgspec.json.Encoder().encode
@@ -142,6 +184,12 @@ def read(folder: Path) -> AgentStatus | None:
 
 # --- judging it ---
 
+_BUFFER_CODES: Final = {Condition.EVICTING: Code.BUFFER_FULL, Condition.HOLDING: Code.BUFFER_HOLDING}
+_LINK_CODES: Final = {
+    "dns": Code.LINK_DNS, "refused": Code.LINK_REFUSED, "timeout": Code.LINK_TIMEOUT, "tls": Code.LINK_TLS,
+    "credential": Code.LINK_CREDENTIAL, "silent": Code.LINK_SILENT,
+}  # fmt: skip
+
 
 def problems(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[Problem]:
     """Everything that is wrong, the gravest first. `running` is whether the folder's lock is held."""
@@ -171,6 +219,7 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
                     Problem(
                         f"the agent is not running; it was stopped {ago} ago",
                         "start it: systemctl start headgate",
+                        Code.AGENT_STOPPED,
                     )
                 ]
             case RunState.FAILED:
@@ -178,6 +227,7 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
                     Problem(
                         f"the agent is not running; it failed {ago} ago ({status.why})",
                         "see its log: journalctl -u headgate",
+                        Code.AGENT_FAILED,
                     )
                 ]
             case _:
@@ -185,6 +235,7 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
                     Problem(
                         f"the agent is not running; it was last seen {ago} ago and did not leave in order",
                         "start it: systemctl start headgate, and see its log: journalctl -u headgate",
+                        Code.AGENT_DIED,
                     )
                 ]
     if running and age_s > _SILENT_AFTER * STATUS_EVERY_S:
@@ -192,6 +243,7 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
             Problem(
                 f"the agent holds its lock but has said nothing for {duration_in_words(age_s)}",
                 f"it hangs or cannot write its state: see its log, then restart it (process {status.pid})",
+                Code.AGENT_SILENT,
             )
         ]
     return []
@@ -200,21 +252,30 @@ def _run(status: AgentStatus, *, running: bool | None, now_ns: int) -> Sequence[
 def _config(config: ConfigHealth) -> Sequence[Problem]:
     if not config.last_known_good:
         return [
-            Problem(f"the configuration {config.file}: {note}", "systemctl restart headgate")
+            Problem(
+                f"the configuration {config.file}: {note}", "systemctl restart headgate", Code.CONFIG_RESTART
+            )
             for note in config.notes
         ]
     first = config.errors[0] if config.errors else "unknown"
-    return [Problem(f"the configuration {config.file} is bad, and the last good one is in force ({first})",
-                    f"correct it (headgate config check {config.file}), then systemctl reload headgate")]  # fmt: skip
+    return [
+        Problem(
+            f"the configuration {config.file} is bad, and the last good one is in force ({first})",
+            f"correct it (headgate config check {config.file}), then systemctl reload headgate",
+            Code.CONFIG_BAD,
+        )
+    ]
 
 
 def _buffer(buffer: BufferState) -> Sequence[Problem]:
     found: list[Problem] = []
     if buffer.condition is not Condition.OK:
-        found.append(Problem(f"buffer: {buffer.condition.value}", buffer.detail))
+        code = buffer.cause or _BUFFER_CODES[buffer.condition]
+        found.append(Problem(f"buffer: {buffer.condition.value}", buffer.detail, code))
     if buffer.parked_frames:
         found.append(Problem(f"buffer: {buffer.parked_frames:,} frames were refused by the cloud for good",
-                             "see the cloud's log for the reason; they are kept aside"))  # fmt: skip
+                             "see the cloud's log for the reason; they are kept aside",
+                             Code.BUFFER_PARKED))  # fmt: skip
     return found
 
 
@@ -223,23 +284,25 @@ def _link(link: LinkHealth, now_ns: int) -> Sequence[Problem]:
         return []
     for_long = _ago(link.since_ns, now_ns)
     if link.state is LinkState.CONNECTING and not link.why:
-        return [Problem(f"link: not connected to {link.target} yet, for {for_long}", "")]
+        return [Problem(f"link: not connected to {link.target} yet, for {for_long}", "", Code.LINK_DOWN)]
     return [Problem(f"link: no way to {link.target} for {for_long} ({link.why or 'no reason given'})",
-                    "readings are kept in the buffer meanwhile; check network, host, port and credential")]  # fmt: skip
+                    "readings are kept in the buffer meanwhile; check network, host, port and credential",
+                    _LINK_CODES.get(link.cause, Code.LINK_DOWN))]  # fmt: skip
 
 
 def _device(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
     for_long = _ago(device.since_ns, now_ns)
     match device.state:
-        case State.DOWN:
-            return [Problem(f"{device.name}: {device.why}, for {for_long}", device.remedy)]
-        case State.FAULT:
-            return [Problem(f"{device.name}: {device.why}, for {for_long}", device.remedy)]
+        case State.DOWN | State.FAULT:
+            code = f"device_{device.reason or device.state.value}"
+            return [Problem(f"{device.name}: {device.why}, for {for_long}", device.remedy, code, device.name)]
         case State.MISCONFIGURED:
             return [
                 Problem(
                     f"{device.name}: stopped {for_long} ago, its configuration cannot work: {device.why}",
                     device.remedy,
+                    "device_misconfigured",
+                    device.name,
                 )
             ]
         case State.STARTING if now_ns - device.since_ns > 30 * 10**9 and not device.period_ms:
@@ -247,10 +310,17 @@ def _device(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
                 Problem(
                     f"{device.name}: nothing heard from it for {for_long}",
                     "check its battery, range and address",
+                    "device_silent",
+                    device.name,
                 )
             ]
         case State.STARTING if now_ns - device.since_ns > max(30 * 10**9, 3 * device.period_ms * 10**6):
-            return [Problem(f"{device.name}: not read once in {for_long}", "see the agent's log")]
+            return [
+                Problem(
+                    f"{device.name}: not read once in {for_long}", "see the agent's log", "device_unread",
+                    device.name,
+                )
+            ]  # fmt: skip
         case _:
             return []
 
@@ -264,6 +334,8 @@ def _blocking(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:
             f"time{'s' * (device.blocked != 1)}, {duration_in_words(device.blocked_s)} in all, the last "
             f"{_ago(device.blocked_ns, now_ns)} ago at {device.blocked_at}",
             "give it a process of its own (isolate = true), and tell its author that it blocks the event loop",
+            Code.DRIVER_BLOCKS,
+            device.name,
         )
     ]
 
@@ -277,6 +349,7 @@ def _stalls(status: AgentStatus, now_ns: int) -> Sequence[Problem]:
             f"{duration_in_words(status.stalled_s)} in all, the last {_ago(status.stalled_ns, now_ns)} ago at "
             f"{status.stalled_at}",
             "see what else the machine does: headgate doctor",
+            Code.AGENT_STALLED,
         )
     ]
 

@@ -71,7 +71,7 @@ class HttpsUplink:
                 await self._client.get(HEALTH)
         except AckTimeout as err:
             await self.close()
-            raise LinkDown(f"{self.name}: connected, and no answer") from err
+            raise LinkDown(f"{self.name}: connected, and no answer", "silent") from err
         except BaseException:
             await self.close()
             raise
@@ -84,7 +84,8 @@ class HttpsUplink:
             case 401 | 403:
                 raise LinkDown(
                     f"{self.name}: the cloud refuses the credential of {self._gateway} ({response.status_code});"
-                    " check the token"
+                    " check the token",
+                    "credential",
                 )
             case 413:
                 raise BatchRefused(f"{self.name}: too large for the cloud", "size")
@@ -112,7 +113,7 @@ class HttpsUplink:
         except AckTimeout as err:
             raise LinkDown(str(err)) from err
         if response.status_code in (401, 403):
-            raise LinkDown(f"{self.name}: the cloud refuses the credential of {self._gateway}")
+            raise LinkDown(f"{self.name}: the cloud refuses the credential of {self._gateway}", "credential")
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -131,7 +132,7 @@ class HttpsUplink:
                 verify = ssl.create_default_context(cafile=self._settings.ca_file)
             except (OSError, ssl.SSLError) as err:
                 raise LinkDown(
-                    f"{self.name}: TLS: cannot read ca_file {self._settings.ca_file}: {err}"
+                    f"{self.name}: TLS: cannot read ca_file {self._settings.ca_file}: {err}", "tls"
                 ) from err
         transport = httpx.AsyncHTTPTransport(
             verify=verify,
@@ -198,27 +199,28 @@ class HttpsUplink:
         except (httpx.ReadTimeout, httpx.WriteTimeout) as err:
             raise AckTimeout(f"{self.name}: no answer within {self._settings.ack_timeout_s:g} s") from err
         except httpx.ConnectTimeout as err:
-            raise LinkDown(f"{self.name}: connect: no answer") from err
+            raise LinkDown(f"{self.name}: connect: no answer", "timeout") from err
         except httpx.ConnectError as err:
-            raise LinkDown(f"{self.name}: {_step(err)}") from err
+            step, cause = _step(err)
+            raise LinkDown(f"{self.name}: {step}", cause) from err
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as err:
             # RuntimeError: httpx's word for a client that was closed meanwhile
             raise LinkDown(f"{self.name}: {type(err).__name__}: {err}") from err
 
 
-def _step(err: httpx.ConnectError) -> str:
-    """Which step of connecting failed; httpx keeps the cause at the end of the chain."""
+def _step(err: httpx.ConnectError) -> tuple[str, str]:
+    """Which step of connecting failed, and its cause in one word; httpx keeps the cause at the end of the chain."""
     cause: BaseException | None = err
     while cause is not None:
         if isinstance(cause, ssl.SSLError):
             said = getattr(cause, "verify_message", "") or cause.reason or str(cause)
-            return f"TLS: {said}; check uplink.ca_file, host and the clock"
+            return f"TLS: {said}; check uplink.ca_file, host and the clock", "tls"
         if isinstance(cause, socket.gaierror):
-            return f"DNS: {cause.strerror}"
+            return f"DNS: {cause.strerror}", "dns"
         if isinstance(cause, OSError) and cause.strerror:
-            return f"connect: {cause.strerror}"
+            return f"connect: {cause.strerror}", "refused"
         cause = cause.__cause__ or cause.__context__
-    return f"connect: {err}"
+    return f"connect: {err}", "refused"
 
 
 def _nack(response: httpx.Response) -> Nack | None:

@@ -179,7 +179,7 @@ class MqttUplink:
             raise
         sock = client.socket()
         if not isinstance(sock, socket.socket):
-            raise LinkDown(f"{self.name}: connect: the broker closed at once")
+            raise LinkDown(f"{self.name}: connect: the broker closed at once", "refused")
         self._client = client
         self._socket = sock
         loop.add_reader(sock, self._readable)
@@ -190,13 +190,15 @@ class MqttUplink:
         except TimeoutError as err:
             raise LinkDown(
                 f"{self.name}: login: no answer within {self._settings.connect_timeout_s:g} s; is it an MQTT broker,"
-                f" and is tls = {str(self._settings.tls).lower()} right?"
+                f" and is tls = {str(self._settings.tls).lower()} right?",
+                "silent",
             ) from err
         if reason.value >= _FAILURE:
             if reason.value == _UNSUPPORTED_PROTOCOL:
                 raise _Unsupported
             raise LinkDown(
-                f"{self.name}: login as {self._gateway}: {reason}; check the gateway's name and token"
+                f"{self.name}: login as {self._gateway}: {reason}; check the gateway's name and token",
+                "credential",
             )
 
     def _new_client(self) -> paho.Client:
@@ -215,7 +217,7 @@ class MqttUplink:
                 context = ssl.create_default_context(cafile=self._settings.ca_file)
             except (OSError, ssl.SSLError) as err:
                 raise LinkDown(
-                    f"{self.name}: TLS: cannot read ca_file {self._settings.ca_file}: {err}"
+                    f"{self.name}: TLS: cannot read ca_file {self._settings.ca_file}: {err}", "tls"
                 ) from err
             client.tls_set_context(context)
         client.connect_timeout = self._settings.connect_timeout_s
@@ -238,16 +240,18 @@ class MqttUplink:
             else:
                 client.connect(self._settings.host, self.port, keepalive_s)
         except socket.gaierror as err:
-            raise LinkDown(f"{self.name}: DNS: {self._settings.host}: {err.strerror}") from err
+            raise LinkDown(f"{self.name}: DNS: {self._settings.host}: {err.strerror}", "dns") from err
         except UnicodeError as err:
-            raise LinkDown(f"{self.name}: DNS: {self._settings.host} is no host name: {err}") from err
+            raise LinkDown(f"{self.name}: DNS: {self._settings.host} is no host name: {err}", "dns") from err
         except ssl.SSLError as err:
             said = getattr(err, "verify_message", "") or err.reason or str(err)
-            raise LinkDown(f"{self.name}: TLS: {said}; check uplink.ca_file, host and the clock") from err
+            raise LinkDown(
+                f"{self.name}: TLS: {said}; check uplink.ca_file, host and the clock", "tls"
+            ) from err
         except TimeoutError as err:
-            raise LinkDown(f"{self.name}: connect: no answer") from err
+            raise LinkDown(f"{self.name}: connect: no answer", "timeout") from err
         except OSError as err:
-            raise LinkDown(f"{self.name}: connect: {err.strerror or err}") from err
+            raise LinkDown(f"{self.name}: connect: {err.strerror or err}", "refused") from err
 
     async def _subscribe(self) -> None:
         if self._client is None:  # the broker took us in and threw us out in one breath
@@ -262,10 +266,12 @@ class MqttUplink:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 codes = await self._subscribed
         except TimeoutError as err:
-            raise LinkDown(f"{self.name}: subscribe: no answer") from err
+            raise LinkDown(f"{self.name}: subscribe: no answer", "silent") from err
         for topic, code in zip(topics, codes, strict=False):
             if code.value >= _FAILURE:
-                raise LinkDown(f"{self.name}: subscribe to {topic}: {code}; check the broker's ACL")
+                raise LinkDown(
+                    f"{self.name}: subscribe to {topic}: {code}; check the broker's ACL", "credential"
+                )
 
     # --- sending ---
 
@@ -384,7 +390,8 @@ class MqttUplink:
                 error = AckTimeout(f"{self.name}: no cloud is listening there")
             case _ if reason.value == _NOT_AUTHORIZED:
                 error = LinkDown(
-                    f"{self.name}: publish to {self._gateway.topic('up')}: {reason}; check the ACL"
+                    f"{self.name}: publish to {self._gateway.topic('up')}: {reason}; check the ACL",
+                    "credential",
                 )
             case _ if reason.value == _PACKET_TOO_LARGE:
                 error = BatchRefused(f"{self.name}: {reason}", "size")

@@ -27,7 +27,12 @@ class UplinkError(Exception):
 
 
 class LinkDown(UplinkError):
-    """There is no way to the cloud now; the text says which step failed (DNS, connect, TLS, login, subscribe)."""
+    """There is no way to the cloud now; the text says which step failed (DNS, connect, TLS, login, subscribe), `cause`
+    in one word: dns, refused, timeout, tls, credential, silent, or down."""
+
+    def __init__(self, text: str, cause: str = "down") -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class AckTimeout(UplinkError):
