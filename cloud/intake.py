@@ -158,7 +158,8 @@ class Intake:
             appended = await self._journal.append(entries)
         except JournalFull as err:
             # The text may name paths of this machine: gateways are told the remedy's effect only.
-            return self._defer(entries, "full", "the cloud's journal is full", err.retry_after_s)
+            verdicts = self._defer(entries, "full", "the cloud's journal is full", err.retry_after_s)
+            return self._acknowledge_held(entries, verdicts, err.held)
         except JournalError:
             return self._defer(entries, "journal", "the cloud's journal cannot be written", RETRY_BROKEN_S)
         finally:
@@ -178,6 +179,23 @@ class Intake:
                 metrics.duplicate_frames += frames - count_of(held.fresh)
             ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns)
             verdicts.append(Verdict(entry.gateway, ack, held.offset is None))
+        return verdicts
+
+    def _acknowledge_held(
+        self, entries: list[Entry], verdicts: list[Verdict], held: tuple[int, ...]
+    ) -> list[Verdict]:
+        """What a full journal holds already needs no room: its gateway may let go of it."""
+        cloud_ns = self._clock_ns()
+        metrics = self._metrics
+        for i in held:
+            entry = entries[i]
+            frames = entry.last - entry.first + 1
+            metrics.retry["full"] -= 1
+            metrics.frames += frames
+            metrics.duplicate_batches += 1
+            metrics.duplicate_frames += frames
+            ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns)
+            verdicts[i] = Verdict(entry.gateway, ack, True)
         return verdicts
 
     def _defer(self, entries: list[Entry], code: str, text: str, retry_after_s: float) -> list[Verdict]:

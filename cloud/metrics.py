@@ -196,6 +196,9 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
          lambda s: s.retries),
         (CounterMetricFamily("headgate_sink_missed", "Batches trimmed before the sink had them.", labels=["sink"]),
          lambda s: s.missed_entries),
+        (CounterMetricFamily("headgate_sink_expired", "Readings older than the sink keeps anything; the archive has "
+                             "them.", labels=["sink"]),
+         lambda s: s.expired_readings),
     ]  # fmt: skip
     for family, value in families:
         for sink in gauges.sinks:

@@ -20,6 +20,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
@@ -79,6 +80,7 @@ class SinkState(msgspec.Struct, frozen=True):
     retries: int
     missed_entries: int  #: trimmed from the journal before this sink had them: an alarm
     error: str  #: the last one; "" once recovered
+    expired_readings: int = 0  #: older than the sink keeps anything, and in the archive
 
 
 class Replayed(msgspec.Struct, frozen=True):
@@ -144,6 +146,7 @@ class SinkRunner:
         *,
         guard: Guard | None = None,
         skews: Skews | None = None,
+        archived: bool = False,
         clock_ns: Callable[[], int] = time.time_ns,
         rng: random.Random | None = None,
         retry_base_s: float = RETRY_BASE_S,
@@ -155,6 +158,7 @@ class SinkRunner:
         self._journal = journal
         self._dead_letters = dead_letters
         self._guard = guard
+        self._archived = archived  # an archive keeps what is too old for this sink
         self._clock_ns = clock_ns
         self._rng = rng or random.Random()
         self._retry_base_s = retry_base_s
@@ -180,7 +184,7 @@ class SinkRunner:
         self._maintain_at = 0.0
         self._accepted_records = self._accepted_readings = 0
         self._rejected_records = self._rejected_readings = 0
-        self._retries = self._missed = 0
+        self._retries = self._missed = self._expired = 0
 
     # --- the story ---
 
@@ -256,7 +260,7 @@ class SinkRunner:
         return SinkState(
             self.sink.name, self._word, self._position, await self._lag_s(), self._accepted_records,
             self._accepted_readings, self._rejected_records, self._rejected_readings, self._retries, self._missed,
-            self._error,
+            self._error, self._expired,
         )  # fmt: skip
 
     # --- opening ---
@@ -277,11 +281,13 @@ class SinkRunner:
         elif remembered is not None and remembered > state.last_offset:
             log.error("sink %s remembers offset %d, the journal ends at %d: this is another journal; delivering all "
                       "that it holds", name, remembered, state.last_offset)  # fmt: skip
-        if 0 < self._position < state.first_offset - 1:
+        if self._position < state.first_offset - 1:
             gone = state.first_offset - 1 - self._position
             self._missed += gone
-            log.error("sink %s: %d batches after offset %d were trimmed from the journal before it had them",
-                      name, gone, self._position)  # fmt: skip
+            await self._journal.note_missed(name, self._position, state.first_offset - 1)
+            log.error("sink %s: %d batches after offset %d were trimmed from the journal before it had them; "
+                      "`headgate-cloud replay --sink %s` gives them to it from the archive",
+                      name, gone, self._position, name)  # fmt: skip
         self._up()
 
     # --- following ---
@@ -423,12 +429,16 @@ class SinkRunner:
         rejected = await self._write(part) if part.records or part.upto > self._position else ()
         letters = list(part.letters)
         lost = part.refused_readings
+        expired: Counter[str] = Counter()
         for rejection in rejected:
             record, origin = part.records[rejection.index], part.origins[rejection.index]
             points = rejection.points
             if origin is not None:
                 points = tuple(origin[i] for i in points or range(len(origin)))
             lost += len(points) or readings_in(record)
+            if rejection.expired and self._archived:
+                expired[f"{record.tenant}/{record.gateway}"] += len(points) or readings_in(record)
+                continue
             await asyncio.sleep(0)
             letters.append(
                 self._letter(self._opened, part.sources[record.offset], record, rejection.reason, points)
@@ -442,8 +452,11 @@ class SinkRunner:
                 await self._back_off(err)
                 self._end_if_draining(err)
         if part.upto > self._position:
-            await self._journal.commit(self.sink.name, part.upto)
+            await self._journal.commit(self.sink.name, part.upto, expired=expired)
             self._position = part.upto
+        elif expired:  # the rest of this entry is in a call of its own
+            await self._journal.commit(self.sink.name, self._position, expired=expired)
+        self._expired += expired.total()
         self._accepted_records += len(part.records) - sum(1 for r in rejected if not r.points)
         self._accepted_readings += part.readings - lost
         self._rejected_records += len(letters)

@@ -101,7 +101,7 @@ async def test_older_than_the_retention_is_refused_with_that_reason(store: Folde
     records = [scan(1, (1.0, 2.0, 3), at_ns=at_ns - 3 * DAY), scan(2, (1.0, 2.0, 3), at_ns=at_ns)]
     settled = await sink.write(records, 2)
     await sink.close()
-    assert settled.rejected == (Rejection(0, "older than retention"),)
+    assert settled.rejected == (Rejection(0, "older than retention", expired=True),)
     assert len(await store.readings()) == 3
 
 

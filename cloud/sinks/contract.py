@@ -43,6 +43,8 @@ class ScanRecord(msgspec.Struct, frozen=True, gc=False):
     reasons: dict[int, Reason]
     boot: int = 0  #: the gateway's number of its boot, within the epoch
     boot_ns: int = 0  #: its boot clock when taken; 0 where not told
+    earliest_ns: int = 0  #: of an estimated time: no earlier than this; 0 where nothing says so
+    latest_ns: int = 0  #: of an estimated time: no later than this; 0 where the time is no estimate
 
 
 class GapRecord(msgspec.Struct, frozen=True):
@@ -77,11 +79,14 @@ Record: TypeAlias = ScanRecord | GapRecord | EventRecord
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """One record refused for what it is. `points` empty means the whole record; else the rest of it is stored."""
+    """One record refused for what it is. `points` empty means the whole record; else the rest of it is stored.
+    `expired`: for nothing but its age, beyond what the store keeps: where an archive keeps it, that is counted and no
+    dead letter is made of it."""
 
     index: int  #: into the records given
     reason: str
     points: tuple[int, ...] = ()
+    expired: bool = False
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -129,6 +134,10 @@ class Sink(Protocol):
 
         The same `upto_offset` may come with different records (a bisection, an entry too large for one call), and
         an empty `records` only moves the offset: what is new is told by (gateway, epoch, seq), never by it alone."""
+
+    async def remove(self, records: Sequence[Record]) -> None:
+        """Take away these records as `write` stored them, by identity and time: the same scans are written again at
+        once, with a better time. What is not there is no error; nothing else is touched. Raises any `SinkError`."""
 
     async def maintain(self, now_ns: int) -> None:
         """Retention, partitions, compaction: called about hourly. Raises any `SinkError`."""

@@ -270,9 +270,12 @@ class _Call:
         self._writer = writer
         self._whole: dict[int, str] = {}
         self._points: dict[int, dict[int, str]] = {}
+        self._faulty: set[int] = set()  # refused for more than their age
 
-    def reject(self, index: int, points: Iterable[int], reason: str) -> None:
+    def reject(self, index: int, points: Iterable[int], reason: str, *, expired: bool = False) -> None:
         """`points` empty: the whole record."""
+        if not expired:
+            self._faulty.add(index)
         found = self._points.setdefault(index, {})
         found.update(dict.fromkeys(points, reason))
         record = self.records[index]
@@ -283,11 +286,11 @@ class _Call:
         rejected = []
         for index in sorted({*self._whole, *self._points}):
             if index in self._whole:
-                rejected.append(Rejection(index, self._whole[index]))
+                rejected.append(Rejection(index, self._whole[index], expired=index not in self._faulty))
             else:
                 by_point = self._points[index]
                 reason = "; ".join(dict.fromkeys(by_point.values()))
-                rejected.append(Rejection(index, reason, tuple(sorted(by_point))))
+                rejected.append(Rejection(index, reason, tuple(sorted(by_point)), index not in self._faulty))
         return Settled(tuple(rejected))
 
     def narrow(self, chunk: range, refusal: Refusal) -> None:
@@ -329,8 +332,10 @@ class _Call:
         return self._reject_all(units, refusal)
 
     def _reject_all(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:
+        # A scan beyond the upper bound is from the future: that is a fault of its time, and no age.
+        expired = refusal.fault is Fault.TOO_OLD and "Upper Bound" not in refusal.text
         for unit in units:
-            self.reject(unit.index, unit.points, f"influxdb: {refusal.text}")
+            self.reject(unit.index, unit.points, f"influxdb: {refusal.text}", expired=expired)
         return []
 
     def _without_field(self, units: list[_Unit], refusal: Refusal) -> list[list[_Unit]]:

@@ -9,7 +9,7 @@ Rules:
    counted again.
 5. The offset is moved only from where this sink left it: a store that was restored or emptied under us is noticed in
    the same transaction, and nothing is written into it under stale point ids.
-6. Older than the retention is refused with that reason; the archive keeps it.
+6. Older than the retention is refused as expired; the archive keeps it.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class SqlSink(ABC):
             if isinstance(record, ScanRecord) and index not in gone:
                 known = self._known(record)
                 if record.taken_at_ns < expired_ns:
-                    rejected.append(Rejection(index, "older than retention"))
+                    rejected.append(Rejection(index, "older than retention", expired=True))
                     continue
                 made, refused = _rows_of(record, known)
                 rows += made
