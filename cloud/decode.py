@@ -10,15 +10,20 @@ Rules:
    newest scan of that boot in the batch was taken when the batch was received, the others as much earlier as the boot
    clock says; `clock_synchronized` is false. A clock that runs ahead by more than `limits.skew_alarm_s` keeps its time
    and is flagged in the same way.
-5. A value that is not a number never reaches a sink: it becomes no value with its reason.
+5. An estimated time has bounds, from the batch alone: no earlier than the boot before it was last seen, no later than
+   the receipt or the beginning of the boot after it, each by as much as the boot clock says. A clock that shows less
+   than the first is one that cannot be true.
+6. `known` are clock rows that a replay has put in force for one sink (`cloud.replay`): they replace rows that were not
+   synchronized when the batch was cut, and nothing else.
+7. A value that is not a number never reaches a sink: it becomes no value with its reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeAlias, cast
 
 import msgspec
 
@@ -52,6 +57,10 @@ MAX_LAYOUTS: Final = 4_096  #: compiled layouts kept; above it the oldest goes a
 _FLOATS: Final = frozenset(("f32", "f64"))
 
 
+Boot: TypeAlias = tuple[str, int, int]
+"""`<tenant>/<gateway>`, epoch, and the gateway's number of the boot."""
+
+
 class Poison(msgspec.Struct, frozen=True):
     """Frames `first..last` of one entry that do not decode, and why."""
 
@@ -73,8 +82,9 @@ class Decoded(msgspec.Struct, frozen=True):
 class Decoder:
     """Decodes entries; keeps each layout's compiled form by its id. One per sink runner; not for several threads."""
 
-    def __init__(self, skews: Skews | None = None) -> None:
+    def __init__(self, skews: Skews | None = None, known: Mapping[Boot, ClockRow] | None = None) -> None:
         self.skews = skews or Skews()
+        self.known: Mapping[Boot, ClockRow] = known or {}  #: rule 6
         self._compiled: dict[int, _Compiled] = {}
 
     def decode(self, stored: Stored) -> Decoded:
@@ -124,15 +134,35 @@ def alone(decoder: Decoder, stored: Stored, body: Body, frame: bytes, record: Re
             stored, first=seq, last=seq, readings=readings, fresh=((seq, seq),), payload=sealed.payload
         )
 
-    kept = entry([row for row in body.clocks if row.boot == decoded.boot])
+    kept = entry(body.clocks)
     again = decoder.decode(kept).records
-    if again and _at_ns(again[0]) != _at_ns(record):
-        return entry([ClockRow(decoded.boot, "", _boot_ns(decoded), _at_ns(record), synchronized=False)])
+    if again and (_at_ns(again[0]) != _at_ns(record) or _latest_ns(again[0]) != _latest_ns(record)):
+        # Of its neighbours only this is needed: how long before the newest of them it was taken.
+        others = [row for row in body.clocks if row.boot != decoded.boot]
+        at_ns, boot_ns = _at_ns(record), _boot_ns(decoded)
+        newest_ns = _newest_in(body, decoded.boot)
+        told = ClockRow(decoded.boot, "", newest_ns, at_ns + newest_ns - boot_ns, synchronized=False)
+        return entry([*others, told])
     return kept
 
 
 def _names(frame: Frame, layout: Layout) -> bool:
     return isinstance(frame, ScanFrame) and layout_id(layout) == frame.layout
+
+
+def _latest_ns(record: Record) -> int:
+    return record.latest_ns if isinstance(record, ScanRecord) else 0
+
+
+def _newest_in(body: Body, boot: int) -> int:
+    """The newest instant of a boot's clock that a batch shows: it was sent, and received, after that."""
+    newest_ns = 0
+    for raw in body.frames:
+        with contextlib.suppress(WireError):  # it becomes poison by itself
+            if (frame := decode_frame(raw)).boot == boot:
+                newest_ns = max(newest_ns, _newest_ns(frame))
+    row = wall_clock(body.clocks).get(boot)
+    return max(newest_ns, row.boot_ns) if row is not None and not row.synchronized else newest_ns
 
 
 def _at_ns(record: Record) -> int:
@@ -162,6 +192,13 @@ class _Batch:
         self._clocks = wall_clock(body.clocks)
         self._tenant, _, self._gateway = stored.gateway.partition("/")
         self._newest: dict[int, int] = {}
+        self._bounds: dict[int, tuple[int, int]] = {}
+        known = decoder.known
+        if known:
+            for row in body.clocks:
+                better = known.get((stored.gateway, stored.epoch, row.boot))
+                if better is not None and not self._clocks[row.boot].synchronized:
+                    self._clocks[row.boot] = better
         self._layouts: dict[int, _Compiled] = {}
         self._broken: dict[int, WireError] = {}
         for layout in body.layouts:
@@ -193,10 +230,13 @@ class _Batch:
                 )
             values, reasons = compiled.convert(frame)
             taken_at_ns, synchronized = self._wall(frame.boot, frame.taken_at_ns)
+            earliest_ns, latest_ns = (
+                (0, 0) if synchronized else self._between(frame.boot, frame.taken_at_ns, taken_at_ns)
+            )
             return ScanRecord(
                 stored.offset, self._tenant, self._gateway, stored.epoch, seq, compiled.packing.layout,
                 frame.layout, taken_at_ns, synchronized, stored.received_at_ns, values, reasons,
-                _column(frame.boot), _column(frame.taken_at_ns),
+                _column(frame.boot), _column(frame.taken_at_ns), earliest_ns, latest_ns,
             )  # fmt: skip
         if isinstance(frame, GapFrame):
             _check_gap(frame)
@@ -221,22 +261,42 @@ class _Batch:
             if ahead_ns > self.ahead_ns:
                 self.ahead_ns = ahead_ns
             if wall_ns >= EARLIEST_NS and ahead_ns <= AHEAD_NS:
-                return wall_ns, row.synchronized and ahead_ns <= self._limit_ns
-        estimate_ns = received_ns - (self._newest_of(boot) - boot_ns)
+                if row.synchronized:
+                    return wall_ns, ahead_ns <= self._limit_ns
+                if row.wall_ns - row.boot_ns >= self._offsets(boot)[0]:
+                    return wall_ns, False
+        estimate_ns = self._offsets(boot)[1] + boot_ns
         return (estimate_ns if EARLIEST_NS <= estimate_ns <= received_ns else received_ns), False
+
+    def _between(self, boot: int, boot_ns: int, taken_at_ns: int) -> tuple[int, int]:
+        """The bounds of an estimated time (rule 5)."""
+        low_ns, high_ns = self._offsets(boot)
+        earliest_ns = max(0, low_ns + boot_ns) if low_ns else 0
+        return min(earliest_ns, taken_at_ns), max(high_ns + boot_ns, taken_at_ns)
+
+    def _offsets(self, boot: int) -> tuple[int, int]:
+        """The least (0: not known) and the most that wall minus boot clock can be in this boot. Both move with the
+        boot clock, so that frames of one boot keep their order whichever is taken."""
+        known = self._bounds.get(boot)
+        if known is None:
+            newest_ns = self._newest_of(boot)
+            low_ns, high_ns = 0, self._stored.received_at_ns - newest_ns
+            for other, row in self._clocks.items():
+                if not row.synchronized or row.wall_ns < EARLIEST_NS or _column(boot) != boot:
+                    continue
+                if other < boot:  # it had shown this before this boot began
+                    low_ns = max(low_ns, row.wall_ns)
+                elif other > boot:  # it began when this boot had ended
+                    high_ns = min(high_ns, row.wall_ns - row.boot_ns - newest_ns)
+            known = self._bounds[boot] = (low_ns, max(low_ns, high_ns))
+        return known
 
     def _newest_of(self, boot: int) -> int:
         """The boot clock of the newest frame of this boot in the batch, fresh or not. Only a wrong clock needs it."""
         newest = self._newest.get(boot)
         if newest is None:
-            newest = max((_newest_ns(f) for f in self._readable() if f.boot == boot), default=0)
-            self._newest[boot] = newest
+            newest = self._newest[boot] = _newest_in(self._body, boot)
         return newest
-
-    def _readable(self) -> Iterator[Frame]:
-        for raw in self._body.frames:
-            with contextlib.suppress(WireError):  # it becomes poison by itself
-                yield decode_frame(raw)
 
 
 def _column(number: int) -> int:
