@@ -139,6 +139,8 @@ gaps = _table(
     sa.Column("from_ns", sa.BigInteger, nullable=False),
     sa.Column("to_ns", sa.BigInteger, nullable=False),
     sa.Column("received_at_ns", sa.BigInteger, nullable=False),
+    sa.Column("priority", sa.String(16), nullable=False, server_default=""),  # "": unknown, or several
+    sa.Column("frames", sa.BigInteger, nullable=False, server_default="0"),  # gone of the range; 0: all
 )  # fmt: skip
 cursors = _table(
     "cursors",
@@ -407,6 +409,20 @@ class GapRow(msgspec.Struct, frozen=True):
     from_ns: int
     to_ns: int
     received_at_ns: int
+    priority: str = ""
+    frames: int = 0
+
+
+class GapTally(msgspec.Struct, frozen=True):
+    """The gaps of one gateway, reason and priority."""
+
+    tenant: str
+    gateway: str
+    reason: str
+    priority: str
+    gaps: int
+    lost_scans: int
+    lost_readings: int
 
 
 class GatewayTally(msgspec.Struct, frozen=True):
@@ -539,6 +555,32 @@ class Registry:
             sa.select(gaps).where(c.gateway_id == gateway_id).order_by(c.received_at_ns.desc()).limit(limit)
         )
         return [GapRow(*row) for row in rows]
+
+    async def gap_tally(self) -> list[GapTally]:
+        """All that gateways have reported as lost, by reason and priority."""
+        g, w = gaps.c, gateways.c
+        rows = await self._all(
+            sa.select(
+                w.tenant, w.name, g.reason, g.priority, sa.func.count(), sa.func.sum(g.lost_scans),
+                sa.func.sum(g.lost_readings),
+            )
+            .join(gateways, w.id == g.gateway_id)
+            .group_by(w.tenant, w.name, g.reason, g.priority)
+            .order_by(w.tenant, w.name, g.reason, g.priority)
+        )  # fmt: skip
+        return [GapTally(*row[:4], *(int(n) for n in row[4:])) for row in rows]
+
+    async def gap_ranges(self) -> dict[tuple[str, int], list[tuple[int, int]]]:
+        """The seqs that were reported as lost, by gateway and epoch."""
+        g, w = gaps.c, gateways.c
+        found: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for tenant, name, epoch, first, last in await self._all(
+            sa.select(w.tenant, w.name, g.gap_epoch, g.first_seq, g.last_seq)
+            .join(gateways, w.id == g.gateway_id)
+            .where(g.first_seq > 0)
+        ):
+            found.setdefault((f"{tenant}/{name}", epoch), []).append((first, last))
+        return found
 
     async def tally(self) -> list[GatewayTally]:
         """Readings and gaps per gateway, counted row by row: for the audit, not for a dashboard."""

@@ -155,11 +155,19 @@ def test_a_time_beyond_influxdbs_range_is_refused_by_name() -> None:
 
 def test_gaps_and_events_are_lines_of_their_own_measurements() -> None:
     gap = GapRecord(
-        1, "acme", "plant-1", 7, 9, GapFrame(7, 3, 5, 3, 12, "evicted", "", 1, 0, 1), AT_NS, AT_NS + 5, 0
+        1,
+        "acme",
+        "plant-1",
+        7,
+        9,
+        GapFrame(7, 3, 5, 3, 12, "evicted", "", 1, 0, 1, "bulk", 2),
+        AT_NS,
+        AT_NS + 5,
+        0,
     )
     assert line_of(gap) == (
-        "headgate_gaps,gateway=plant-1,reason=evicted,tenant=acme epoch=7i,first=3i,last=5i,scans=3i,readings=12i,"
-        f"from_ns={AT_NS}i,to_ns={AT_NS + 5}i 1795446640123456009"
+        "headgate_gaps,gateway=plant-1,priority=bulk,reason=evicted,tenant=acme epoch=7i,first=3i,last=5i,scans=3i,"
+        f"readings=12i,frames=2i,from_ns={AT_NS}i,to_ns={AT_NS + 5}i 1795446640123456009"
     )
     event = EventRecord(
         1, "acme", "plant-1", 7, 10, EventFrame(1, 0, "driver_failed", 'no "x"', "boiler"), AT_NS, 0

@@ -259,7 +259,7 @@ async def test_the_retention_drops_whole_days_and_makes_those_to_come(store: Dat
     assert await store.rows("SELECT count(*) FROM events") == [(0,)]
     assert len(await store.rows("SELECT * FROM gaps")) == 1
     settled = await sink.write([scan(20, (1.0, 2.0, 3), at_ns=at_ns - 4 * DAY)], 2)
-    assert settled.rejected == (Rejection(0, "older than retention"),)
+    assert settled.rejected == (Rejection(0, "older than retention", expired=True),)
     await sink.close()
 
 

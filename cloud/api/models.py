@@ -100,6 +100,8 @@ class Gap:
     first: int
     last: int
     received_at: str
+    priority: str = ""  #: alarm, normal or bulk; "" where unknown or several
+    frames: int = 0  #: how many of first..last are gone; 0: all
 
 
 @dataclass(frozen=True, slots=True)

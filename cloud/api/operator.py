@@ -185,7 +185,7 @@ class Operator:
         return [
             Gap(
                 gateway, g.device, g.reason, iso(g.from_ns), iso(g.to_ns), g.scans, g.readings, g.lost_scans,
-                g.lost_readings, g.gap_epoch, g.first_seq, g.last_seq, iso(g.received_at_ns),
+                g.lost_readings, g.gap_epoch, g.first_seq, g.last_seq, iso(g.received_at_ns), g.priority, g.frames,
             )
             for g in rows
         ]  # fmt: skip

@@ -43,7 +43,7 @@ GAPS: Final = pa.schema([
     ("from_at", _AT), ("to_at", _AT), ("epoch", pa.int64()), ("seq", pa.int64()),
     ("scans", pa.int64()), ("readings", pa.int64()),
     ("gap_epoch", pa.int64()), ("first", pa.int64()), ("last", pa.int64()), ("held", pa.string()),
-    ("received_at", _AT),
+    ("received_at", _AT), ("priority", pa.string()), ("frames", pa.int64()),
 ])  # fmt: skip
 EVENTS: Final = pa.schema([
     ("day", pa.date32()), ("tenant", pa.string()),
@@ -254,6 +254,8 @@ class _GapRow(msgspec.Struct):
     last: int
     held: str
     received_at: int
+    priority: str
+    frames: int
 
 
 class _EventRow(msgspec.Struct):
@@ -277,6 +279,7 @@ def gaps(records: Sequence[GapRecord]) -> dict[Partition, pa.Table]:
             record.gateway, gap.device, gap.reason, record.from_ns // 1000, record.to_ns // 1000, record.epoch,
             record.seq, gap.scans, gap.readings, gap.epoch, gap.first, gap.last,
             " ".join(f"{first}-{last}" for first, last in record.held), record.received_at_ns // 1000,
+            gap.priority, gap.frames,
         ))  # fmt: skip
     return {partition: _table(rows, GAPS) for partition, rows in parted.items()}
 

@@ -199,10 +199,11 @@ def _gap(record: GapRecord) -> str:
     gap = record.gap
     at_ns = stamp(record.from_ns, record.seq)
     _check_time(at_ns)
-    tags = _tags(record.tenant, record.gateway, gap.device, (("reason", gap.reason),))
+    labels = (("reason", gap.reason), ("priority", gap.priority))
+    tags = _tags(record.tenant, record.gateway, gap.device, labels)
     return (
         f"{GAPS},{tags} epoch={gap.epoch}i,first={gap.first}i,last={gap.last}i,scans={gap.scans}i,"
-        f"readings={gap.readings}i,from_ns={record.from_ns}i,to_ns={record.to_ns}i {at_ns}"
+        f"readings={gap.readings}i,frames={gap.frames}i,from_ns={record.from_ns}i,to_ns={record.to_ns}i {at_ns}"
     )
 
 

@@ -344,16 +344,19 @@ class SqlSink(ABC):
         for r in records:
             said = r.gap
             gateway_id = self._registrar.gateway_id(r.tenant, r.gateway) or 0
-            held = overlap(r.held, said.first, said.last) if said.first else 0
+            # What a sparse gap reports was never sent: what is held of its range is none of it.
+            held = overlap(r.held, said.first, said.last) if said.first and not said.sparse else 0
             arrived = held > 0 and held == said.last - said.first + 1
             row: dict[str, int | str | None] = {
                 "gateway_id": gateway_id, "epoch": r.epoch, "seq": r.seq, "gap_epoch": said.epoch,
                 "first_seq": said.first, "last_seq": said.last, "scans": said.scans, "readings": said.readings,
                 "lost_scans": 0 if arrived else said.scans, "lost_readings": 0 if arrived else said.readings,
                 "reason": said.reason, "device": said.device, "from_ns": r.from_ns, "to_ns": r.to_ns,
-                "received_at_ns": r.received_at_ns,
+                "received_at_ns": r.received_at_ns, "priority": said.priority[:16], "frames": said.frames,
             }  # fmt: skip
             await self._upsert(conn, registry.gaps, [row])
+            if said.sparse:
+                continue
             gap = _Gap(gateway_id, r.epoch, r.seq, said.first, said.last)
             self._watch(f"{r.tenant}/{r.gateway}", said.epoch, gap)
             if held and not arrived:
@@ -376,7 +379,11 @@ class SqlSink(ABC):
         recent = await conn.execute(
             sa.select(w.tenant, w.name, g.gap_epoch, g.gateway_id, g.epoch, g.seq, g.first_seq, g.last_seq)
             .join(registry.gateways, w.id == g.gateway_id)
-            .where(g.first_seq > 0, g.lost_scans > 0)
+            .where(
+                g.first_seq > 0,
+                g.lost_scans > 0,
+                sa.or_(g.frames == 0, g.frames > g.last_seq - g.first_seq),
+            )
             .order_by(g.received_at_ns.desc())
             .limit(MAX_GAPS)
         )
