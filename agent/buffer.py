@@ -34,10 +34,10 @@ import zstandard
 from agent.clock import Clock, ClockReading, ClockWatch
 from agent.store import (
     Batch,
+    Bounds,
     Group,
     Limits,
     Range,
-    Recorded,
     Store,
     StoreError,
     StoreFull,
@@ -109,6 +109,7 @@ class BufferState(msgspec.Struct, frozen=True):
     commits: int  #: since the start of this run
     commit_s: float  #: how long the last commit took
     commit_max_s: float  #: the longest of this run
+    cause: str = ""  #: why it is not well, where that is known: one of `agent.status.Code`
 
     @property
     def buffered_frames(self) -> int:
@@ -193,6 +194,7 @@ class Buffer:
         self._closed = False
         self._condition = Condition.OK
         self._detail = ""
+        self._cause = ""
         self._overrun_scans = self._overrun_readings = 0
         self._evicted_s = -_EVICTING_FOR_S
         self._commits = 0
@@ -300,6 +302,7 @@ class Buffer:
             commits=self._commits,
             commit_s=self._commit_s,
             commit_max_s=self._commit_max_s,
+            cause=self._cause,
         )
 
     async def run(self) -> None:
@@ -346,10 +349,10 @@ class Buffer:
         """Whether committed frames are in no batch yet."""
         return self._store.ledger.loose_frames > 0
 
-    def recorded(self) -> list[Recorded]:
+    def recorded(self) -> list[Bounds]:
         """Batches whose bounds are fixed and that no ack has settled, oldest first: after a restart, or when the way
         comes back, all of them are sent again (`rebuild`)."""
-        return self._store.recorded()
+        return self._store.bounds()
 
     async def claim(self, count: int) -> list[Batch]:
         """Cut up to `count` batches of the oldest frames that are in none. Empty where there are none, or where the
@@ -366,13 +369,16 @@ class Buffer:
             self._look()
         return batches
 
-    async def rebuild(self, first: int, last: int) -> list[Batch]:
-        """The same bytes again for a recorded batch; narrower ones where rows have gone bad; empty where settled."""
-        return await self._sent_again(lambda: self._store.rebuild(first, last))
+    async def rebuild(self, bounds: Bounds) -> list[Batch]:
+        """The same bytes again for a recorded batch; narrower ones where rows have gone bad; empty where settled, or
+        where its file has been set aside as damaged."""
+        epoch, first, last = bounds
+        return await self._sent_again(lambda: [b for s in self._of(epoch) for b in s.rebuild(first, last)])
 
-    async def split(self, first: int, last: int) -> list[Batch]:
+    async def split(self, bounds: Bounds) -> list[Batch]:
         """Two narrower batches of the same frames, recorded as such, in place of one that was refused."""
-        return await self._sent_again(lambda: self._store.split(first, last))
+        epoch, first, last = bounds
+        return await self._sent_again(lambda: [b for s in self._of(epoch) for b in s.split(first, last)])
 
     async def _sent_again(self, job: Callable[[], list[Batch]]) -> list[Batch]:
         try:
@@ -381,11 +387,11 @@ class Buffer:
             log.warning("the buffer cannot be read now: %s", err)
             return []
 
-    async def park(self, seq: int, code: str, reason: str) -> bool:
+    async def park(self, epoch: int, seq: int, code: str, reason: str) -> bool:
         """Take one frame out of the way for good, with the reason that the cloud gave: it stays in the table
         `parked`, a gap record says so to the cloud. False where the disk refused."""
         try:
-            readings = await self._job(lambda: self._store.park(seq, code, reason))
+            readings = await self._job(lambda: sum(s.park(seq, code, reason) for s in self._of(epoch)))
         except StoreError as err:
             log.warning("frame %d cannot be parked now: %s", seq, err)
             return False
@@ -404,6 +410,10 @@ class Buffer:
                 self._arm()
 
     # --- within ---
+
+    def _of(self, epoch: int) -> list[Store]:
+        """On the writer's thread: the file that holds this epoch, if one does by now."""
+        return [self._store] if self._store.ledger.epoch == epoch else []
 
     def _of_this_epoch(self, settled: Iterable[tuple[int, Range]]) -> list[Range]:
         """On the writer's thread: an ack must never settle the frames of another epoch."""
@@ -503,6 +513,7 @@ class Buffer:
         elif self._condition is Condition.EVICTING and not evicting:
             log.info("the buffer is below its cap again")
         self._condition = Condition.EVICTING if evicting else Condition.OK
+        self._cause = "disk_low" if evicting and self._store.short_of_disk else ""
         self._detail = (
             "at its cap or at the free-disk floor: the oldest readings are dropped; raise buffer.max_mb, free some"
             " space, or see why the link is down"
@@ -516,6 +527,7 @@ class Buffer:
             log.error("the buffer holds new readings in memory: %s", error)
         self._condition = Condition.HOLDING
         self._detail = str(error)
+        self._cause = getattr(error, "cause", "")
 
     def _look(self) -> None:
         self._size_bytes = self._store.size_bytes()

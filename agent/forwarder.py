@@ -21,23 +21,20 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 
 from agent.backoff import Backoff, full_jitter
 from agent.buffer import Buffer
 from agent.status import LinkHealth, LinkState
-from agent.store import Batch
+from agent.store import Batch, Bounds
 from config.agent import Uplink as UplinkSettings
 from sync.identity import GatewayName, Secret, read_secret
 from sync.uplink import AckTimeout, BatchRefused, LinkDown, RetryLater, Uplink
 from sync.wire import Ack
 
 log = logging.getLogger(__name__)
-
-Bounds: TypeAlias = tuple[int, int]
-"""First and last seq of a recorded batch."""
 
 DAMAGED_ON_THE_WAY: Final = frozenset({"crc", "truncated", "compression"})
 """Refusals that say nothing against the batch itself: sent again, and halved only when that does not help."""
@@ -60,9 +57,10 @@ _LATENCIES: Final = 256  #: acks over which p50 and p99 are told
 class _Lost(Exception):
     """The session is over; `why` in words."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, cause: str = "down") -> None:
         super().__init__(why)
         self.why = why
+        self.cause = cause
 
 
 class _UnderWay(msgspec.Struct):
@@ -74,7 +72,7 @@ class _UnderWay(msgspec.Struct):
 
     @property
     def bounds(self) -> Bounds:
-        return self.batch.sealed.first, self.batch.sealed.last
+        return self.batch.bounds
 
 
 class Forwarder:
@@ -101,8 +99,7 @@ class Forwarder:
         self._silent = False
         self._probe = asyncio.Lock()
         self._not_before_s = 0.0  #: monotonic: the cloud asked to wait until then
-        self._epoch = 0
-        self._lost: str | None = None
+        self._lost: _Lost | None = None
         self._fallen: list[Bounds] = []  #: whose send ended with the loss of the link
         self._drops: dict[Bounds, int] = {}  #: links lost with this batch on the way
         self._alone: dict[Bounds, tuple[int, int]] = {}  #: ... and nothing else; `_answers` at the first time
@@ -121,9 +118,9 @@ class Forwarder:
                     await self._uplink.open()
                     await self._session()
                 except LinkDown as err:
-                    self._link_is_down(str(err))
+                    self._link_is_down(str(err), err.cause)
                 except _Lost as err:
-                    self._link_is_down(err.why)
+                    self._link_is_down(err.why, err.cause)
                 finally:
                     self._buffer.live_room = 0
                     await self._uplink.close()
@@ -138,7 +135,7 @@ class Forwarder:
         try:
             await self._uplink.report(state)
         except LinkDown as err:
-            self._lose(str(err))
+            self._lose(str(err), err.cause)
             return False
         return True
 
@@ -147,8 +144,7 @@ class Forwarder:
     async def _session(self) -> None:
         self._lost = None
         self._silent = False
-        self._epoch = self._buffer.epoch
-        self._todo = deque((r.first, r.last) for r in self._buffer.recorded())
+        self._todo = deque(self._buffer.recorded())
         self._drops = {bounds: n for bounds, n in self._drops.items() if bounds in self._todo}
         self._alone = {bounds: n for bounds, n in self._alone.items() if bounds in self._todo}
         self._fallen.clear()
@@ -158,8 +154,6 @@ class Forwarder:
             self._link_is_up()  # nothing will be answered now, so an open way has to do
         try:
             while self._lost is None:
-                if self._buffer.epoch != self._epoch:
-                    raise _Lost("the buffer was replaced")
                 proven = self._answers != first_answers or time.monotonic() - opened_s > _PROOF_S
                 self._wake.clear()  # before looking: what happens meanwhile is looked at next time
                 await self._fill(proven=proven)
@@ -167,7 +161,7 @@ class Forwarder:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s):
                         await self._wake.wait()
-            raise _Lost(self._lost)
+            raise self._lost
         finally:
             await self._stop_sending()
 
@@ -230,7 +224,7 @@ class Forwarder:
                 break
             for batch in batches:
                 self._start(batch, live=False)
-        if suspects and not self._sending and suspects[0][0] < suspects[0][1]:
+        if suspects and not self._sending and suspects[0].first < suspects[0].last:
             # Nothing else is there to show that the way works; halving needs no such proof, only parking does.
             self._buffer.live_room = 0
             self._todo.remove(suspects[0])
@@ -251,9 +245,9 @@ class Forwarder:
             if bounds in suspects:
                 continue
             self._todo.remove(bounds)
-            batches = await self._buffer.rebuild(*bounds)
+            batches = await self._buffer.rebuild(bounds)
             # A rebuild may have come out narrower, and as more than one.
-            self._todo.extendleft((b.sealed.first, b.sealed.last) for b in reversed(batches[1:]))
+            self._todo.extendleft(b.bounds for b in reversed(batches[1:]))
             if batches:
                 return batches[:1]
             if self._still_here(bounds):  # the disk refuses just now
@@ -267,12 +261,12 @@ class Forwarder:
         return batches
 
     def _still_here(self, bounds: Bounds) -> bool:
-        return any((r.first, r.last) == bounds for r in self._buffer.recorded())
+        return bounds in self._buffer.recorded()
 
     def _live(self, batches: Sequence[Batch]) -> None:
         """What a commit has just cut, straight from memory."""
         for batch in batches:
-            bounds = (batch.sealed.first, batch.sealed.last)
+            bounds = batch.bounds
             if self._lost is None and self._buffer.live_room > 0:
                 self._buffer.live_room -= 1
                 self._start(batch, live=True)
@@ -282,7 +276,7 @@ class Forwarder:
 
     def _start(self, batch: Batch, *, live: bool) -> None:
         under_way = _UnderWay(batch, live)
-        first, last = under_way.bounds
+        _, first, last = under_way.bounds
         task = asyncio.get_running_loop().create_task(self._deliver(under_way), name=f"send[{first}-{last}]")
         self._sending[task] = under_way
         self.health.in_flight = len(self._sending)
@@ -297,11 +291,11 @@ class Forwarder:
                 self._fallen.append(under_way.bounds)
             elif not isinstance(error, _Lost):  # a fault of ours ends the session too, and is told in full
                 log.error("sending failed unexpectedly", exc_info=error)
-            self._lose(str(error) or type(error).__name__)
+            self._lose(str(error) or type(error).__name__, getattr(error, "cause", "down"))
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str, cause: str) -> None:
         if self._lost is None:
-            self._lost = why
+            self._lost = _Lost(why, cause)
             self._wake.set()
 
     # --- one batch, until it is answered ---
@@ -318,9 +312,9 @@ class Forwarder:
             except AckTimeout:
                 self._drops.pop(under_way.bounds, None)  # the link outlived it
                 unanswered = unanswered + 1 if self._answers != heard else 0
-                first, last = under_way.bounds
-                if unanswered >= _UNANSWERED_TRIES and first < last:
-                    await self._halve(under_way.bounds)
+                bounds = under_way.bounds
+                if unanswered >= _UNANSWERED_TRIES and bounds.first < bounds.last:
+                    await self._halve(bounds)
                     return
                 ack = await self._ask_again(under_way, heard)
                 if ack is None:
@@ -334,7 +328,7 @@ class Forwarder:
             except BatchRefused as err:
                 self._answers += 1
                 if err.code in NOT_THE_BATCH:
-                    raise _Lost(f"the cloud refuses this gateway ({err.code}): {err}") from err
+                    raise _Lost(f"the cloud refuses this gateway ({err.code}): {err}", "credential") from err
                 if err.code in DAMAGED_ON_THE_WAY and damaged < _DAMAGE_TRIES:
                     damaged += 1
                     under_way.resends += 1
@@ -397,7 +391,7 @@ class Forwarder:
     # --- what will never be taken as it is ---
 
     async def _divide(self, bounds: Bounds, code: str, why: str) -> None:
-        first, last = bounds
+        epoch, first, last = bounds
         self.health.refused_batches += 1
         self._drops.pop(bounds, None)
         self._alone.pop(bounds, None)
@@ -411,43 +405,43 @@ class Forwarder:
         log.warning(
             "frame %d is refused for good (%s: %s); it is parked and reported as a gap", first, code, why
         )
-        if not await self._buffer.park(first, code, why):
+        if not await self._buffer.park(epoch, first, code, why):
             raise _Lost("a refused frame cannot be parked now: the buffer's disk refuses")
 
     async def _halve(self, bounds: Bounds) -> None:
-        halves = await self._buffer.split(*bounds)
+        halves = await self._buffer.split(bounds)
         if not halves and self._still_here(bounds):
             raise _Lost("a batch cannot be halved now: the buffer's disk refuses")
-        self._todo.extendleft((b.sealed.first, b.sealed.last) for b in reversed(halves))
+        self._todo.extendleft(b.bounds for b in reversed(halves))
 
     async def _send_suspect(self, bounds: Bounds) -> None:
         """A batch that saw links break goes alone; if it was alone each time before, it is halved first."""
         count, answers = self._alone.get(bounds, (0, 0))
         alone_means = f"the connection broke {count} times while this was all that was sent"
-        if bounds[0] < bounds[1] and count >= _SUSPECT_AFTER:
-            log.warning("batch %d..%d: %s; halved", *bounds, alone_means)
+        if bounds.first < bounds.last and count >= _SUSPECT_AFTER:
+            log.warning("batch %d..%d: %s; halved", bounds.first, bounds.last, alone_means)
             await self._divide(bounds, "poison", alone_means)
             for half in list(self._todo)[:2]:
                 self._drops[half] = _SUSPECT_AFTER
             self._wake.set()
             return
-        if bounds[0] == bounds[1] and count >= _PARK_AFTER and self._answers != answers:
+        if bounds.first == bounds.last and count >= _PARK_AFTER and self._answers != answers:
             await self._divide(bounds, "poison", alone_means)
             self._wake.set()
             return
-        batches = await self._buffer.rebuild(*bounds)
+        batches = await self._buffer.rebuild(bounds)
         for batch in batches[:1]:
             self._start(batch, live=False)
-        self._todo.extendleft((b.sealed.first, b.sealed.last) for b in reversed(batches[1:]))
+        self._todo.extendleft(b.bounds for b in reversed(batches[1:]))
 
     # --- what is told ---
 
     def _cloud_is_silent(self, why: str, heard: int) -> None:
         if not self._silent and self._answers == heard:
             self._silent = True
-            self._link_is_down(f"the cloud does not answer ({why})")
+            self._link_is_down(f"the cloud does not answer ({why})", "silent")
 
-    def _link_is_down(self, why: str) -> None:
+    def _link_is_down(self, why: str, cause: str = "down") -> None:
         if self.health.state is not LinkState.DOWN:
             log.warning("link down: %s; readings are kept here meanwhile", why)
             self.health.state = LinkState.DOWN
@@ -455,11 +449,11 @@ class Forwarder:
             self._down_since_s = time.monotonic()
         else:
             log.debug("link still down: %s", why)
-        self.health.why = why
+        self.health.why, self.health.cause = why, cause
 
     def _link_is_up(self) -> None:
         self._silent = False
-        self.health.why = ""
+        self.health.why = self.health.cause = ""
         if self.health.state is LinkState.UP:
             return
         if self._down_since_s is not None:

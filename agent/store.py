@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 import zstandard
@@ -59,6 +59,15 @@ log = logging.getLogger(__name__)
 Range: TypeAlias = tuple[int, int]
 """A closed range of seqs."""
 
+
+class Bounds(NamedTuple):
+    """What names a batch: seqs begin anew in every epoch, and a gateway may hold the rows of several."""
+
+    epoch: int
+    first: int
+    last: int
+
+
 SCHEMA_VERSION: Final = 1
 PAGE_BYTES: Final = 4096  #: a flash sector: a page torn by a power cut then harms no neighbour
 BATCH_BYTES: Final = 240 * 1024  #: frames and layouts of one batch, so that it fits 256 KiB even uncompressed
@@ -81,7 +90,11 @@ class StoreError(Exception):
 
 
 class StoreRefusing(StoreError):
-    """The disk refuses writes; the text says how and what helps."""
+    """The disk refuses writes; the text says how and what helps, `cause` which of `agent.status.Code` it is."""
+
+    def __init__(self, text: str, cause: str = "buffer_holding") -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class StoreFull(StoreRefusing):
@@ -133,6 +146,10 @@ class Batch(msgspec.Struct, frozen=True):
 
     sealed: Sealed
     readings: int
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.sealed.epoch, self.sealed.first, self.sealed.last)
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
@@ -275,6 +292,7 @@ class Store:
             tuple[str, str]
         ] = []  #: (code, text) of what happened to the file; the caller reports them
         self.evicting = False
+        self.short_of_disk = False  #: the cap is not our own but the free-disk floor
         self.oldest: tuple[int, int] | None = None  #: (boot, boot_ns) of the oldest held frame
         self.parked = 0
         self._gateway = gateway
@@ -722,6 +740,10 @@ class Store:
         """The batches with fixed bounds, oldest first: after a restart, all of them are sent again."""
         return sorted(self.ledger.recorded.values(), key=lambda r: r.first)
 
+    def bounds(self) -> list[Bounds]:
+        """What names them, for whoever sends."""
+        return [Bounds(self.ledger.epoch, r.first, r.last) for r in self.recorded()]
+
     def claim(self, count: int, settled: Sequence[Range]) -> list[Batch]:
         """Cut and record up to `count` batches of the oldest frames that are in none, in one transaction with the
         acks that came. Raises `StoreRefusing`."""
@@ -947,7 +969,8 @@ class Store:
             if not rows:
                 raise StoreFull(
                     f"the buffer is full ({self._limits.max_bytes >> 20} MiB) of what has been sent and waits"
-                    " for its ack; raise buffer.max_mb"
+                    " for its ack; raise buffer.max_mb",
+                    "buffer_full",
                 )
             self.evicting = True
             gaps = joined(gaps, self._discard(conn, led, rows, "evicted"))
@@ -971,7 +994,9 @@ class Store:
         # What the WAL has yet to grow, and what the checkpoint will write beyond the file's end, is spoken for.
         spoken_for = max(0, pages * PAGE_BYTES - written) + max(0, self._limits.wal_bytes + need_bytes - wal)
         room = disk.f_bavail * disk.f_frsize - self._limits.free_disk_bytes - spoken_for
-        return min(cap, pages + max(0, room // PAGE_BYTES))
+        floor = pages + max(0, room // PAGE_BYTES)
+        self.short_of_disk = floor < cap
+        return min(cap, floor)
 
     def _oldest_loose(
         self, conn: sqlite3.Connection, led: Ledger, want_bytes: int, below: int
@@ -1132,8 +1157,8 @@ class Store:
             if isinstance(again, sqlite3.Error):
                 self._broken(again)
                 full = _code(again) == sqlite3.SQLITE_FULL  # after any other error it may be kept after all
-            raise (StoreFull if full else StoreRefusing)(_remedy(again)) from again
-        raise StoreRefusing(_remedy(err)) from err
+            raise (StoreFull if full else StoreRefusing)(_remedy(again), _cause(again)) from again
+        raise StoreRefusing(_remedy(err), _cause(err)) from err
 
     def _broken(self, err: sqlite3.Error) -> None:
         """After an I/O error never use the same descriptor again: its failed pages may be marked clean
@@ -1153,7 +1178,7 @@ class Store:
             yield
         except sqlite3.Error as err:
             self._broken(err)
-            raise StoreRefusing(_remedy(err)) from err
+            raise StoreRefusing(_remedy(err), _cause(err)) from err
 
     def _ready(self) -> sqlite3.Connection:
         """The connection, opened anew where it had to be given up. Raises `sqlite3.Error`, `StoreRefusing`."""
@@ -1224,6 +1249,17 @@ def _damaged(err: sqlite3.Error) -> bool:
     code = _code(err)
     own = type(err) is sqlite3.DatabaseError and code == 0
     return own or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _cause(err: Exception) -> str:
+    """The word for what the disk does (`agent.status.Code`)."""
+    if isinstance(err, StoreRefusing):
+        return err.cause
+    known = {
+        sqlite3.SQLITE_FULL: "disk_full", sqlite3.SQLITE_READONLY: "disk_readonly", sqlite3.SQLITE_IOERR: "disk_error",
+        sqlite3.SQLITE_CANTOPEN: "disk_error",
+    }  # fmt: skip
+    return known.get(_code(err), "buffer_holding")
 
 
 def _remedy(err: Exception) -> str:

@@ -57,7 +57,7 @@ async def running(
 async def deliver(buffer: Buffer, cloud: ModelCloud) -> None:
     """Send and settle all that is committed."""
     for record in buffer.recorded():
-        for batch in await buffer.rebuild(record.first, record.last):
+        for batch in await buffer.rebuild(record):
             buffer.settle(cloud.take(batch.sealed.payload))
     while batches := await buffer.claim(4):
         for batch in batches:

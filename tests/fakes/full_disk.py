@@ -53,7 +53,7 @@ async def main(disk: Path) -> None:
         batches = await buffer.claim(4)
         if not batches:
             for record in buffer.recorded():
-                batches += await buffer.rebuild(record.first, record.last)
+                batches += await buffer.rebuild(record)
         if not batches and not buffer.state.pending_frames:
             break
         for batch in batches:
