@@ -13,8 +13,8 @@ Rules:
 5. An estimated time has bounds, from the batch alone: no earlier than the boot before it was last seen, no later than
    the receipt or the beginning of the boot after it, each by as much as the boot clock says. A clock that shows less
    than the first is one that cannot be true.
-6. `known` are clock rows that a replay has put in force for one sink (`cloud.replay`): they replace rows that were not
-   synchronized when the batch was cut, and nothing else.
+6. `forces` are clock rows that a replay has put in force for one sink (`cloud.clocks`): they decide where the batch has
+   no synchronized row of that boot, and nowhere else.
 7. A value that is not a number never reaches a sink: it becomes no value with its reason.
 """
 
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Final, cast
 
 import msgspec
 
+from cloud.clocks import Clocks, Forces
 from cloud.journal.contract import Range, Stored
 from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord
 from cloud.skew import Skews
@@ -57,10 +58,6 @@ MAX_LAYOUTS: Final = 4_096  #: compiled layouts kept; above it the oldest goes a
 _FLOATS: Final = frozenset(("f32", "f64"))
 
 
-Boot: TypeAlias = tuple[str, int, int]
-"""`<tenant>/<gateway>`, epoch, and the gateway's number of the boot."""
-
-
 class Poison(msgspec.Struct, frozen=True):
     """Frames `first..last` of one entry that do not decode, and why."""
 
@@ -82,9 +79,10 @@ class Decoded(msgspec.Struct, frozen=True):
 class Decoder:
     """Decodes entries; keeps each layout's compiled form by its id. One per sink runner; not for several threads."""
 
-    def __init__(self, skews: Skews | None = None, known: Mapping[Boot, ClockRow] | None = None) -> None:
+    def __init__(self, skews: Skews | None = None, clocks: Clocks | None = None) -> None:
         self.skews = skews or Skews()
-        self.known: Mapping[Boot, ClockRow] = known or {}  #: rule 6
+        self.clocks = clocks  #: told what every batch says of its gateway's clock
+        self.forces: Forces = {}  #: rule 6
         self._compiled: dict[int, _Compiled] = {}
 
     def decode(self, stored: Stored) -> Decoded:
@@ -93,6 +91,8 @@ class Decoder:
             head, body = open_body(stored.payload)
         except WireError as err:
             return Decoded([], [_poison(stored, first, last, err) for first, last in stored.fresh])
+        if self.clocks is not None:
+            self.clocks.note(stored.gateway, stored.epoch, body.clocks)
         batch = _Batch(self, stored, body, head.first)
         for first, last in stored.fresh:
             for seq in range(first, last + 1):
@@ -136,12 +136,12 @@ def alone(decoder: Decoder, stored: Stored, body: Body, frame: bytes, record: Re
 
     kept = entry(body.clocks)
     again = decoder.decode(kept).records
-    if again and (_at_ns(again[0]) != _at_ns(record) or _latest_ns(again[0]) != _latest_ns(record)):
+    if again and (at_ns(again[0]) != at_ns(record) or _latest_ns(again[0]) != _latest_ns(record)):
         # Of its neighbours only this is needed: how long before the newest of them it was taken.
         others = [row for row in body.clocks if row.boot != decoded.boot]
-        at_ns, boot_ns = _at_ns(record), _boot_ns(decoded)
+        here_ns, boot_ns = at_ns(record), _boot_ns(decoded)
         newest_ns = _newest_in(body, decoded.boot)
-        told = ClockRow(decoded.boot, "", newest_ns, at_ns + newest_ns - boot_ns, synchronized=False)
+        told = ClockRow(decoded.boot, "", newest_ns, here_ns + newest_ns - boot_ns, synchronized=False)
         return entry([*others, told])
     return kept
 
@@ -165,7 +165,8 @@ def _newest_in(body: Body, boot: int) -> int:
     return max(newest_ns, row.boot_ns) if row is not None and not row.synchronized else newest_ns
 
 
-def _at_ns(record: Record) -> int:
+def at_ns(record: Record) -> int:
+    """When it was, in UTC: a gap's beginning."""
     if isinstance(record, ScanRecord):
         return record.taken_at_ns
     return record.from_ns if isinstance(record, GapRecord) else record.at_ns
@@ -193,12 +194,7 @@ class _Batch:
         self._tenant, _, self._gateway = stored.gateway.partition("/")
         self._newest: dict[int, int] = {}
         self._bounds: dict[int, tuple[int, int]] = {}
-        known = decoder.known
-        if known:
-            for row in body.clocks:
-                better = known.get((stored.gateway, stored.epoch, row.boot))
-                if better is not None and not self._clocks[row.boot].synchronized:
-                    self._clocks[row.boot] = better
+        self._forces = decoder.forces
         self._layouts: dict[int, _Compiled] = {}
         self._broken: dict[int, WireError] = {}
         for layout in body.layouts:
@@ -229,7 +225,7 @@ class _Batch:
                     "layout", f"the batch does not carry layout {frame.layout:016x} that the frame names"
                 )
             values, reasons = compiled.convert(frame)
-            taken_at_ns, synchronized = self._wall(frame.boot, frame.taken_at_ns)
+            taken_at_ns, synchronized = self._wall(seq, frame.boot, frame.taken_at_ns)
             earliest_ns, latest_ns = (
                 (0, 0) if synchronized else self._between(frame.boot, frame.taken_at_ns, taken_at_ns)
             )
@@ -240,20 +236,24 @@ class _Batch:
             )  # fmt: skip
         if isinstance(frame, GapFrame):
             _check_gap(frame)
-            from_ns, _ = self._wall(frame.boot, frame.from_boot_ns)
-            to_ns, _ = self._wall(frame.boot, frame.to_boot_ns)
+            from_ns, _ = self._wall(seq, frame.boot, frame.from_boot_ns)
+            to_ns, _ = self._wall(seq, frame.boot, frame.to_boot_ns)
             return GapRecord(
                 stored.offset, self._tenant, self._gateway, stored.epoch, seq, frame,
                 from_ns, max(from_ns, to_ns), stored.received_at_ns,
             )  # fmt: skip
-        at_ns, _ = self._wall(frame.boot, frame.at_boot_ns)
+        at_ns, _ = self._wall(seq, frame.boot, frame.at_boot_ns)
         return EventRecord(
             stored.offset, self._tenant, self._gateway, stored.epoch, seq, frame, at_ns, stored.received_at_ns
         )
 
-    def _wall(self, boot: int, boot_ns: int) -> tuple[int, bool]:
+    def _wall(self, seq: int, boot: int, boot_ns: int) -> tuple[int, bool]:
         """UTC and whether the gateway's clock vouches for it (rule 4)."""
         row = self._clocks.get(boot)
+        if self._forces and (row is None or not row.synchronized):
+            force = self._forces.get((self._stored.gateway, self._stored.epoch, boot))
+            if force is not None and force.covers(seq):
+                row = force.row
         received_ns = self._stored.received_at_ns
         if row is not None:
             wall_ns = row.wall_ns + boot_ns - row.boot_ns

@@ -21,13 +21,14 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from cloud.clocks import Boot, Clocks, Force, widened
 from cloud.dead_letters import DeadLetters, DeadLettersError, NewLetter
-from cloud.decode import Decoder, Poison, alone, frame_of, readings_in
+from cloud.decode import Decoder, Poison, alone, at_ns, frame_of, readings_in
 from cloud.journal.contract import EntryDamaged, Journal, JournalError, Stored
 from cloud.sinks.contract import (
     GapRecord,
@@ -43,7 +44,7 @@ from cloud.sinks.contract import (
     StoreChanged,
 )
 from cloud.skew import Skews
-from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head
+from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head, wall_clock
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,17 @@ class Replayed(msgspec.Struct, frozen=True):
     delivered: tuple[int, ...]
     refused: tuple[tuple[int, str], ...]  #: id and the new reason; the letter stays
     unknown: tuple[int, ...]  #: no such letter of this sink
+
+
+class SentBack(msgspec.Struct, frozen=True):
+    """What a sink is given once more, and what of it gets a better time."""
+
+    start: int  #: everything after this offset ...
+    upto: int  #: ... up to this one
+    batches: int = 0  #: of those asked for
+    readings: int = 0
+    corrected_scans: int = 0
+    corrected_readings: int = 0
 
 
 class Guard(Protocol):
@@ -146,6 +158,7 @@ class SinkRunner:
         *,
         guard: Guard | None = None,
         skews: Skews | None = None,
+        clocks: Clocks | None = None,
         archived: bool = False,
         clock_ns: Callable[[], int] = time.time_ns,
         rng: random.Random | None = None,
@@ -166,7 +179,9 @@ class SinkRunner:
         self._broken_retry_s = broken_retry_s
         self._maintain_s = maintain_s
         self._max_readings = LINGER_READINGS if sink.linger_s > 0 else MAX_READINGS
-        self._decoder = Decoder(skews)
+        self._clocks = clocks or Clocks()
+        self._skews = skews or Skews()
+        self._decoder = Decoder(self._skews, self._clocks)
         self._opened = _Opened()
         self._reduced: dict[tuple[int, tuple[int, ...]], tuple[Layout, int]] = {}
         self._turn = asyncio.Lock()  # a sink's calls never overlap
@@ -234,15 +249,7 @@ class SinkRunner:
 
         Raises `RetryLater` or `SinkBroken` where the sink takes nothing now, `DeadLettersError`.
         """
-        if self._word != "running":
-            raise RetryLater(
-                f"sink {self.sink.name} is {self._word}: {self._error or 'not ready'}; replay later"
-            )
-        try:
-            async with asyncio.timeout(REPLAY_WAIT_S):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise RetryLater(f"sink {self.sink.name} is busy; replay later") from None
+        await self._take_turn()
         try:
             return await self._replay(ids)
         finally:
@@ -255,6 +262,50 @@ class SinkRunner:
             self._generation += 1
             self._position = offset
             self._fence = None
+
+    async def send_back(
+        self, start: int, *, gateway: str | None = None, to_ns: int = 2**63 - 1, dry_run: bool = False
+    ) -> SentBack:
+        """`rewind`, and the scans of `gateway` (None: all) received before `to_ns` get the best time that is known by
+        now: those whose gateway's clock was synchronized only after they were sent. Their old rows are removed first.
+
+        A crash at any point leaves either the old times or the new ones, and nothing twice: the cursor goes back before
+        anything is removed, and the new times are in force only when all is. Raises `RetryLater`, `SinkBroken`,
+        `JournalError`.
+        """
+        await self._take_turn()
+        try:
+            upto = max(self._position, self._clocks.rewound(self.sink.name))
+            if dry_run:
+                return await self._correct(start, upto, gateway, to_ns, dry_run=True)
+            await self._clocks.flush()
+            await self._clocks.set_rewound(self.sink.name, upto)
+            await self._journal.reset(self.sink.name, start)
+            self._generation += 1
+            self._position = start
+            self._fence = None
+            return await self._correct(start, upto, gateway, to_ns, dry_run=False)
+        finally:
+            self._turn.release()
+
+    async def give(self, old: Sequence[Record], new: Sequence[Record], forces: Mapping[Boot, Force]) -> None:
+        """Records from elsewhere (the archive) to the sink: `old` are removed first, `forces` holds from then on.
+        Raises `RetryLater`, `SinkBroken`, `SinkRefused`, `JournalError`."""
+        await self._take_turn()
+        try:
+            for at in range(0, len(old), self.sink.max_records):
+                await self.sink.remove(old[at : at + self.sink.max_records])
+            for at in range(0, len(new), self.sink.max_records):
+                await self.sink.write(new[at : at + self.sink.max_records], self._position)
+            await self._clocks.put_in_force(self.sink.name, forces)
+            self._decoder.forces = self._clocks.in_force(self.sink.name)
+        finally:
+            self._turn.release()
+
+    @property
+    def position(self) -> int:
+        """The journal offset up to which all is settled."""
+        return self._position
 
     async def state(self) -> SinkState:
         return SinkState(
@@ -269,6 +320,7 @@ class SinkRunner:
         name = self.sink.name
         self._position = cursor = await self._journal.cursor(name)
         self._fence = None
+        self._decoder.forces = self._clocks.in_force(name)
         remembered = await self.sink.open()
         state = await self._journal.state()
         if remembered is not None and remembered < cursor:
@@ -547,6 +599,82 @@ class SinkRunner:
             self._rejected_records += 1
 
     # --- replay ---
+
+    async def _take_turn(self) -> None:
+        """Raises `RetryLater`; else the caller releases it."""
+        if self._word != "running":
+            raise RetryLater(
+                f"sink {self.sink.name} is {self._word}: {self._error or 'not ready'}; replay later"
+            )
+        try:
+            async with asyncio.timeout(REPLAY_WAIT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise RetryLater(f"sink {self.sink.name} is busy; replay later") from None
+
+    async def _correct(
+        self, start: int, upto: int, gateway: str | None, to_ns: int, *, dry_run: bool
+    ) -> SentBack:
+        """Remove what a better clock row moves, and put that row in force. The cursor is back at `start` already."""
+        held = self._clocks.in_force(self.sink.name)
+        forces: dict[Boot, Force] = {}
+        better = Decoder(self._skews)
+        gone: list[Record] = []
+        batches = readings = scans = corrected = 0
+        at = start
+        while at < upto:
+            try:
+                entries = await self._journal.read(at, max_entries=256, max_bytes=self.sink.max_bytes)
+            except EntryDamaged as err:
+                at = err.offset
+                continue
+            if not entries:
+                break
+            for entry in entries:
+                at = entry.offset
+                if at > upto or entry.received_at_ns >= to_ns or gateway not in (None, entry.gateway):
+                    continue
+                batches += 1
+                readings += entry.readings
+                found = self._improved(entry, held, forces)
+                if not found:
+                    continue
+                forces.update(found)
+                better.forces = {**held, **forces}
+                for piece in _pieces(entry):
+                    was = {record.seq: record for record in self._decoder.decode(piece).records}
+                    for record in better.decode(piece).records:
+                        old = was[record.seq]
+                        if at_ns(old) != at_ns(record):
+                            gone.append(old)
+                            scans += 1
+                            corrected += readings_in(old)
+                    await asyncio.sleep(0)
+                if not dry_run and len(gone) >= self.sink.max_records:
+                    await self.sink.remove(gone)
+                    gone = []
+        if not dry_run:
+            if gone:
+                await self.sink.remove(gone)
+            await self._clocks.put_in_force(self.sink.name, forces)
+            self._decoder.forces = self._clocks.in_force(self.sink.name)
+        return SentBack(start, upto, batches, readings, scans, corrected)
+
+    def _improved(
+        self, entry: Stored, held: Mapping[Boot, Force], more: Mapping[Boot, Force]
+    ) -> dict[Boot, Force]:
+        """What would be in force with this entry's seqs, for its boots whose clock was synchronized too late for it."""
+        try:
+            clocks = wall_clock(open_body(entry.payload)[1].clocks)
+        except WireError:
+            return {}
+        found: dict[Boot, Force] = {}
+        for number, row in clocks.items():
+            boot = (entry.gateway, entry.epoch, number)
+            best = None if row.synchronized else self._clocks.best(boot)
+            if best is not None:
+                found[boot] = widened(more.get(boot) or held.get(boot), best, entry.fresh)
+        return found
 
     async def _replay(self, ids: Sequence[int]) -> Replayed:
         delivered: list[int] = []

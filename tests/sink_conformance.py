@@ -163,6 +163,67 @@ class SinkConformance:
         assert len(told) == 6
         assert all(abs(t.taken_at_ns - at_ns) < 1_000_000 for t in told), "its time is right to a millisecond"
 
+    async def test_a_thousand_scans_at_one_instant_are_all_kept_whatever_is_sent_again(
+        self, store: Store
+    ) -> None:
+        """In batches, each sent twice, once out of turn, by a sink that is closed and opened in between."""
+        sink = store.sink()
+        await sink.open()
+        at_ns = now_ns()
+        crowd: list[Record] = [
+            scan(seq, (float(seq), 18.0, seq), at_ns=at_ns) for seq in range(4_990, 5_990)
+        ]  # fmt: skip
+        for start in range(0, 1_000, 250):
+            await sink.write(crowd[start : start + 250], start + 250)
+            await sink.write(crowd[start : start + 250], start + 250)
+        await sink.close()
+        again = store.sink()
+        await again.open()
+        for start in (500, 125, 0, 750):
+            await again.write(crowd[start : start + 250], 1_000)
+        await again.close()
+        told = await store.readings()
+        assert len(told) == 3_000
+        assert sorted(t.value for t in told if t.point == "flow") == [
+            float(seq) for seq in range(4_990, 5_990)
+        ]  # type: ignore[type-var]
+        assert all(abs(t.taken_at_ns - at_ns) < 1_000 for t in told)
+
+    async def test_what_is_removed_goes_and_nothing_else(self, store: Store) -> None:
+        """A stretch that is all of one kind, scans among others, one of two at an instant, what was never there."""
+        sink = store.sink()
+        await sink.open()
+        at_ns = now_ns() - 3_600 * S
+        pump = layout(("flow", "f64", "Cel"), device="pump")
+        wrong = [
+            scan(seq, (1.0, 1.0, seq), at_ns=at_ns + (seq - 1_000) * S, synchronized=False)
+            for seq in range(1_001, 1_101)
+        ]
+        between = [scan(500 + i, (2.0, 2.0, i), at_ns=at_ns + (40 + i) * S + S // 2) for i in range(3)]
+        twin = scan(700, (3.0, 3.0, 3), at_ns=wrong[10].taken_at_ns)
+        others: list[Record] = [*between, twin, scan(800, (4.0,), at_ns=at_ns + 20 * S, of=pump)]
+        said: list[Record] = [event(900, at_ns=at_ns + 5 * S), gap(901, 4, 8, 15, at_ns=at_ns + 6 * S)]
+        await sink.write([*wrong, *others, *said], 1_000)
+        never = scan(999, (9.0, 9.0, 9), at_ns=at_ns + 30 * S + 7)
+        await sink.remove([*wrong, *said, never])
+        await sink.remove([*wrong[:5], never])
+        left = await store.readings()
+        assert sorted((t.device, t.value) for t in left if t.point == "flow") == [
+            ("boiler", 2.0), ("boiler", 2.0), ("boiler", 2.0), ("boiler", 3.0), ("pump", 4.0),
+        ]  # fmt: skip
+        right = [
+            msgspec.structs.replace(r, taken_at_ns=r.taken_at_ns + 30 * S, clock_synchronized=True)
+            for r in wrong
+        ]
+        await sink.write([*right, *said], 1_000)
+        await sink.write([*right, *others], 1_000)
+        await sink.close()
+        flow = sorted(
+            t.taken_at_ns // S for t in await store.readings() if t.value == 1.0 and t.point == "flow"
+        )
+        assert flow == [r.taken_at_ns // S for r in right]
+        assert len(await store.readings()) == 313
+
     async def test_the_offset_is_remembered_with_the_records_or_not_at_all(self, store: Store) -> None:
         sink = store.sink()
         first = await sink.open()

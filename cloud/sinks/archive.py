@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
+from cloud.intervals import coalesce
 from cloud.sinks.archive_store import LOG_FOLDER, FolderStore, Store
 from cloud.sinks.contract import (
     EventRecord,
@@ -64,6 +65,7 @@ APP: Final = "headgate"  #: application transaction: complete up to this offset
 LATE: Final = "headgate-late"  #: the highest offset appended out of turn, so above APP's
 MAX_RECORDS: Final = 65_536  #: per call
 FILE_BYTES: Final = 64 * 1024 * 1024  #: what compaction aims at
+_RANGES: Final = 200  #: of seqs, in one predicate
 ROW_GROUP: Final = (
     128 * 1024
 )  #: rows that a writer holds before it lets go of them; bounds compaction's memory
@@ -109,6 +111,10 @@ class ArchiveSink:
         await self._in_thread(lambda: self._write(records, upto_offset))
         return Settled()
 
+    async def remove(self, records: Sequence[Record]) -> None:
+        """Raises `RetryLater`, `SinkBroken`, `StoreChanged`."""
+        await self._in_thread(lambda: self._remove(records))
+
     async def maintain(self, now_ns: int) -> None:
         """Compaction, retention and vacuum, each when it is due. Raises `RetryLater`, `SinkBroken`."""
         await self._in_thread(lambda: self._maintain(now_ns))
@@ -146,6 +152,11 @@ class ArchiveSink:
         if self._tables is None:
             raise RetryLater("archive: not open")
         self._tables.store(records, upto)
+
+    def _remove(self, records: Sequence[Record]) -> None:
+        if self._tables is None:
+            raise RetryLater("archive: not open")
+        self._tables.remove(records)
 
     def _maintain(self, now_ns: int) -> None:
         settings = self._settings
@@ -197,6 +208,18 @@ class _Tables:
             if events:
                 self._append(self.events, events, _absent, self._columns.events, upto)
         self._append(self.readings, scans, _absent_points, self._columns.readings, upto)
+
+    def remove(self, records: Sequence[Record]) -> None:
+        self._take_from(self.readings, [record for record in records if isinstance(record, ScanRecord)])
+        self._take_from(self.gaps, [record for record in records if isinstance(record, GapRecord)])
+        self._take_from(self.events, [record for record in records if isinstance(record, EventRecord)])
+
+    @staticmethod
+    def _take_from(table: Table, records: Sequence[RecordT]) -> None:
+        if records:
+            table.refresh()
+            for who, theirs in _by_identity(records).items():
+                table.remove(who, theirs)
 
     @staticmethod
     def _append(
@@ -394,6 +417,25 @@ class Table:
                     if seq in seqs:
                         held.setdefault(seq, set()).add(word)
         return held
+
+    def remove(self, who: Identity, records: Sequence[RecordT]) -> None:
+        """Removes the rows of these records, in the days that they are in: a commit for each day."""
+        from cloud.sinks.archive_columns import partition_of
+
+        by_day: dict[int, list[int]] = {}
+        for record in records:
+            by_day.setdefault(partition_of(record)[0], []).append(record.seq)
+        with self._foreign():
+            for day, seqs in sorted(by_day.items()):
+                ranges = coalesce((seq, seq) for seq in seqs)
+                for at in range(0, len(ranges), _RANGES):
+                    some = " OR ".join(f"(seq >= {a} AND seq <= {b})" for a, b in ranges[at : at + _RANGES])
+                    # Names are [A-Za-z0-9_-] only (`sync.identity`).
+                    self._opened.delete(
+                        f"day = DATE '{date_of(day).isoformat()}' AND tenant = '{who.tenant}'"
+                        f" AND gateway = '{who.gateway}' AND epoch = {who.epoch} AND ({some})"
+                    )
+            self._store.settle(self.name)
 
     def drop_before(self, day: int) -> int:
         """Removes the partitions of earlier days; how many rows these held."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import email.utils
 import enum
 import gzip
@@ -44,7 +45,17 @@ from urllib.parse import urlsplit
 import msgspec
 
 from cloud.sinks.contract import Record, Rejection, RetryLater, ScanRecord, Settled, SinkBroken
-from cloud.sinks.line_protocol import EVENTS, GAPS, LineWriter, Unwritable, quality_word, stamp
+from cloud.sinks.line_protocol import (
+    EVENTS,
+    GAPS,
+    MAX_NS,
+    MIN_NS,
+    LineWriter,
+    Unwritable,
+    quality_word,
+    stamp,
+    stored_at,
+)
 from config.cloud import InfluxDB
 from drivers.contract import Reason
 from sync.identity import IdentityError, is_loopback, read_secret
@@ -63,6 +74,7 @@ POSTS: Final = 2  #: requests under way at once: the server has one to work on w
 MIN_CHUNK_BYTES: Final = 32 * 1024
 CALL_BYTES: Final = 2 * 1024 * 1024  #: of batch bytes per call, about a million readings
 MAX_RETRY_AFTER_S: Final = 300.0  #: a longer Retry-After is a mistake, not a wish
+REMOVED_TIMES: Final = 5_000  #: asked for at once, of one device
 GZIP_LEVEL: Final = 1
 TALLY_TIMEOUT_S: Final = 600.0  #: counting reads everything
 MESSAGE_CHARS: Final = 300  #: of an answer, in a reason
@@ -178,6 +190,12 @@ class InfluxSink:
         """Raises `RetryLater`, `SinkBroken`."""
         return await asyncio.to_thread(self._write, records)
 
+    async def remove(self, records: Sequence[Record]) -> None:
+        """InfluxDB deletes by series and time only. So a stretch of a device's time goes in one request where nothing
+        else is in it, is halved where something is, and a scan among others goes alone. Raises `RetryLater`,
+        `SinkBroken`."""
+        await asyncio.to_thread(self._remove, records)
+
     async def maintain(self, now_ns: int) -> None:
         """Nothing: InfluxDB applies the bucket's retention itself."""
 
@@ -212,6 +230,20 @@ class InfluxSink:
             self._chunk_bytes = min(CHUNK_BYTES, self._chunk_bytes + MIN_CHUNK_BYTES)
             return call.settled()
 
+    def _remove(self, records: Sequence[Record]) -> None:
+        server = self._server
+        if server is None:
+            raise RetryLater("influxdb: not open")
+        series: dict[tuple[tuple[str, str], ...], set[int]] = {}
+        for record in records:
+            series.setdefault(self._writer.tags_of(record), set()).add(stored_at(record))
+        with self._lock:
+            try:
+                for tags, times in series.items():
+                    _remove_times(server, dict(tags), sorted(t for t in times if MIN_NS <= t <= MAX_NS))
+            except _TimedOut as late:
+                raise RetryLater(str(late)) from late
+
     def _chunks(self, call: _Call) -> Iterator[tuple[range, bytes]]:
         """The records' lines in requests of at most `_chunk_bytes`, but for a longer line.
 
@@ -239,6 +271,23 @@ class InfluxSink:
         refusal = posted.result()
         if refusal is not None:
             call.narrow(chunk, refusal)
+
+
+def _remove_times(server: _Server, tags: dict[str, str], times: list[int]) -> None:
+    """The lines with these tags at just these times."""
+    waiting = [times[at : at + REMOVED_TIMES] for at in range(0, len(times), REMOVED_TIMES)]
+    while waiting:
+        wanted = waiting.pop()
+        if not wanted:
+            continue
+        found = server.times(tags, wanted[0], wanted[-1])
+        if not found & set(wanted):
+            continue
+        if len(wanted) == 1 or found <= set(wanted):
+            server.delete(tags, wanted[0], wanted[-1])
+        else:
+            middle = len(wanted) // 2
+            waiting += [wanted[middle:], wanted[:middle]]
 
 
 async def tally(settings: InfluxDB) -> dict[str, int]:
@@ -514,6 +563,39 @@ class _Server:
                     )
         return dict(counted)
 
+    def times(self, tags: dict[str, str], first_ns: int, last_ns: int) -> set[int]:
+        """When there are lines with these tags, from first to last. Raises as `post` does."""
+        same = " and ".join(f"r[{_flux_text(key)}] == {_flux_text(value)}" for key, value in tags.items())
+        # Flux' own times are for people; as integers they are exact.
+        query = (
+            f"from(bucket: {_flux_text(self._settings.bucket)})"
+            f" |> range(start: time(v: {first_ns}), stop: time(v: {last_ns + 1}))"
+            f" |> filter(fn: (r) => {same})"
+            ' |> keep(columns: ["_time"]) |> map(fn: (r) => ({at: int(v: r._time)}))'
+            ' |> group() |> distinct(column: "at")'
+        )
+        tables = self._call(lambda: self._client.query_api().query(query))
+        return {int(row.values["_value"]) for table in tables for row in table.records}
+
+    def delete(self, tags: dict[str, str], first_ns: int, last_ns: int) -> None:
+        """Every line with these tags from first to last, both of them too. Raises as `post` does."""
+        from influxdb_client.domain.delete_predicate_request import DeletePredicateRequest
+        from influxdb_client.service.delete_service import DeleteService
+
+        request = DeletePredicateRequest(  # type: ignore[no-untyped-call]
+            start=_rfc3339(first_ns),
+            stop=_rfc3339(last_ns),
+            predicate=" AND ".join(
+                f"{_predicate_text(key)}={_predicate_text(value)}" for key, value in tags.items()
+            ),
+        )
+        service = DeleteService(self._client.api_client)  # type: ignore[no-untyped-call]
+        self._call(
+            lambda: service.post_delete(  # type: ignore[no-untyped-call]
+                delete_predicate_request=request, org=self._settings.org, bucket=self._settings.bucket
+            )
+        )
+
     def _ensure_bucket(self) -> None:
         settings = self._settings
         found = self._call(self._find_bucket)
@@ -599,6 +681,18 @@ def _flux_text(text: str) -> str:
     """A string literal; what stands in it is never run."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
     return f'"{escaped}"'
+
+
+def _predicate_text(text: str) -> str:
+    """A name or a value in a delete predicate."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _rfc3339(at_ns: int) -> str:
+    seconds, ns = divmod(at_ns, 10**9)
+    whole = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return f"{whole:%Y-%m-%dT%H:%M:%S}.{ns:09d}Z"
 
 
 def _tls_error(where: str, text: str) -> RetryLater | SinkBroken:

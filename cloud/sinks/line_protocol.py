@@ -61,6 +61,13 @@ def stamp(at_ns: int, seq: int) -> int:
     return at_ns - at_ns % 1000 + seq % 1000
 
 
+def stored_at(record: Record) -> int:
+    """The time under which this record is stored."""
+    if isinstance(record, ScanRecord):
+        return stamp(record.taken_at_ns, record.seq)
+    return stamp(record.from_ns if isinstance(record, GapRecord) else record.at_ns, record.seq)
+
+
 def quality_word(reason: Reason) -> str:
     """`bad:timeout`: the quality, and the reason's published name."""
     return f"{reason.quality.name.lower()}:{reason.name.lower()}"
@@ -170,6 +177,22 @@ class LineWriter:
         if isinstance(record, ScanRecord):
             return self._template(record).measurement
         return GAPS if isinstance(record, GapRecord) else EVENTS
+
+    def tags_of(self, record: Record) -> tuple[tuple[str, str], ...]:
+        """What tells the record's series apart from another device's, `_measurement` first: pairs without an empty
+        value, as InfluxDB stores them."""
+        more: tuple[tuple[str, str], ...] = ()
+        if isinstance(record, ScanRecord):
+            device = record.layout.device
+        elif isinstance(record, GapRecord):
+            device, more = record.gap.device, (("reason", record.gap.reason),)
+        else:
+            device, more = record.event.device, (("code", record.event.code),)
+        tags = (("tenant", record.tenant), ("gateway", record.gateway), ("device", device), *more)
+        return (
+            ("_measurement", _printable(self.measurement(record))),
+            *((key, _printable(value)) for key, value in tags if value),
+        )
 
     def point_of(self, scan: ScanRecord, field: str) -> int | None:
         """Which point a field of an answer belongs to."""

@@ -140,6 +140,9 @@ class SqlSink(ABC):
     async def write(self, records: Sequence[Record], upto_offset: int) -> Settled:
         return await whole(self._write(records, upto_offset))
 
+    async def remove(self, records: Sequence[Record]) -> None:
+        await whole(self._remove(records))
+
     async def maintain(self, now_ns: int) -> None:
         await whole(self._maintain(now_ns))
 
@@ -182,6 +185,55 @@ class SqlSink(ABC):
                 await self._store(conn, records, rejected, rows, newest)
             self._offsets = {upto_offset}
         return Settled(tuple(sorted(rejected, key=lambda r: r.index)))
+
+    async def _remove(self, records: Sequence[Record]) -> None:
+        """One transaction. `latest` then shows the newest of what is left."""
+        with self._translated():
+            await self._register(records)
+            async with self._connection().begin() as conn:
+                stale: set[int] = set()
+                for record in records:
+                    if isinstance(record, ScanRecord):
+                        stale |= await self._remove_scan(conn, record)
+                        continue
+                    gateway_id = self._registrar.gateway_id(record.tenant, record.gateway)
+                    table = registry.gaps if isinstance(record, GapRecord) else registry.events
+                    c = table.c
+                    await conn.execute(
+                        sa.delete(table).where(
+                            c.gateway_id == gateway_id, c.epoch == record.epoch, c.seq == record.seq
+                        )
+                    )
+                for point_id in sorted(stale):
+                    await self._look_up_latest(conn, point_id)
+
+    async def _remove_scan(self, conn: AsyncConnection, record: ScanRecord) -> set[int]:
+        """The points whose latest reading this was."""
+        known = self._registrar.known(record)
+        ids = [point_id for point_id in known.ids if point_id] if known else []
+        if not ids:
+            return set()
+        here = (record.taken_at_ns, record.epoch, record.seq)
+        gone = [
+            sa.and_(c.point_id.in_(ids), c.taken_at_ns == here[0], c.epoch == here[1], c.seq == here[2])
+            for c in (registry.readings.c, registry.latest.c)
+        ]
+        await conn.execute(sa.delete(registry.readings).where(gone[0]))
+        found = (await conn.execute(sa.select(registry.latest.c.point_id).where(gone[1]))).all()
+        if found:
+            await conn.execute(sa.delete(registry.latest).where(gone[1]))
+        return {row.point_id for row in found}
+
+    async def _look_up_latest(self, conn: AsyncConnection, point_id: int) -> None:
+        r = registry.readings.c
+        names = [c.name for c in registry.latest.columns]
+        newest = (
+            sa.select(*(r[name] for name in names))
+            .where(r.point_id == point_id)
+            .order_by(r.taken_at_ns.desc(), r.seq.desc())
+            .limit(1)
+        )
+        await conn.execute(sa.insert(registry.latest).from_select(names, newest))
 
     async def _maintain(self, now_ns: int) -> None:
         with self._translated():

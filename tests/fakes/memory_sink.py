@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from cloud.decode import at_ns
 from cloud.sinks.contract import Record, Rejection, ScanRecord, Settled, SinkRefused
 
 
@@ -60,6 +61,13 @@ class MemorySink:
         self.offset = upto_offset
         self.on_write()
         return Settled(tuple(rejected))
+
+    async def remove(self, records: Sequence[Record]) -> None:
+        for record in records:
+            key = (f"{record.tenant}/{record.gateway}", record.epoch, record.seq)
+            held = self.held.get(key)
+            if held is not None and at_ns(held) == at_ns(record):
+                del self.held[key]
 
     async def maintain(self, now_ns: int) -> None:
         self.maintained += 1
