@@ -14,8 +14,8 @@ Rules:
    | 401 | text | no valid credential |
    | 403 | nack | the envelope names another gateway |
    | 413 | nack | larger than a batch may be |
-   | 429, 503 | nack, `Retry-After` | too much under way; the journal is full or cannot be written; a version that
-   |  |  | this cloud does not read yet |
+   | 429, 503 | nack, `Retry-After` | too much under way, or over its quota; the journal is full or cannot be
+   |  |  | written; a version that this cloud does not read yet |
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from cloud.intake import MAX_STATE_BYTES, Arrival, Intake, StateError, Verdict
+from cloud.intake import MAX_STATE_BYTES, RETRY_BUSY_S, Arrival, Intake, StateError, Verdict
 from cloud.journal.contract import JournalError, JournalFull
 from cloud.metrics import Metrics
 from sync.identity import GatewayName, Secret
@@ -43,6 +43,9 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Asgi: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 READING: Final = 256  #: bodies read at once, 64 MiB at most; the others wait in their senders
+PER_GATEWAY: Final = 128  #: requests of one gateway at once; an agent has one or a few
+HOLD_BACK_S: Final = 1.0  #: how long the answer to one request too many takes
+HELD_BACK: Final = 1024  #: of them at once; a request that only waits costs some 10 KB
 BODY_TIMEOUT_S: Final = 30.0  #: 256 KiB at 70 kbit/s; slower is not a link but a siege
 INGEST: Final = "/v1/ingest"
 STATE: Final = "/v1/state"
@@ -50,7 +53,15 @@ DOOR: Final = "http"
 
 _TEXT: Final = b"text/plain; charset=utf-8"
 _REPLY: Final = b"application/vnd.headgate.reply"
-_NACK_STATUS: Final = {"identity": 403, "version": 503, "size": 413, "busy": 429, "full": 503, "journal": 503}
+_NACK_STATUS: Final = {
+    "identity": 403,
+    "version": 503,
+    "size": 413,
+    "busy": 429,
+    "quota": 429,
+    "full": 503,
+    "journal": 503,
+}
 
 
 class Credentials:
@@ -90,6 +101,8 @@ class HttpDoor:
         self._metrics = metrics
         self._rest = rest
         self._reading = asyncio.Semaphore(READING)
+        self._under_way: dict[str, int] = {}  # requests with a batch, by gateway
+        self._held_back = 0
         self.closing = False  #: set at shutdown: what comes now is asked to come again
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,9 +125,40 @@ class HttpDoor:
             await _answer(send, 503, b"shutting down\n", extra=((b"retry-after", b"1"),))
             return
         if path == INGEST:
-            await self._ingest(gateway, scope, receive, send)
+            await self._in_turn(gateway, scope, receive, send)
         else:
             await self._state(gateway, scope, receive, send)
+
+    async def _in_turn(self, gateway: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whoever is over its quota, or has many requests under way, is answered without its body being read, and not
+        at once: a client that comes again on the same connection costs one request a second, not a thousand."""
+        wait_s = self._intake.quotas.wait_s(gateway, time.monotonic())
+        under_way = self._under_way.get(gateway, 0)
+        if wait_s <= 0 and under_way < PER_GATEWAY:
+            self._under_way[gateway] = under_way + 1
+            try:
+                await self._ingest(gateway, scope, receive, send)
+            finally:
+                self._under_way[gateway] -= 1
+                if not self._under_way[gateway]:
+                    del self._under_way[gateway]
+            return
+        self._metrics.batches[DOOR] += 1
+        code = "quota" if wait_s > 0 else "busy"
+        self._metrics.retry[code] += 1
+        if wait_s > 0:
+            self._intake.quotas.refuse(gateway, time.monotonic())
+        wait_s = wait_s or RETRY_BUSY_S
+        if self._held_back < HELD_BACK:
+            self._held_back += 1
+            try:
+                await asyncio.sleep(min(wait_s, HOLD_BACK_S))
+            finally:
+                self._held_back -= 1
+        nack = Nack(0, 0, 0, code, "more than this gateway may send", wait_s)
+        # Closed: the body was not read.
+        extra = (_retry_after(wait_s), (b"connection", b"close"))
+        await _answer(send, 429, encode_reply(nack), content_type=_REPLY, extra=extra)
 
     async def _ingest(self, gateway: str, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.monotonic()

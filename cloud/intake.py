@@ -4,7 +4,8 @@ Rules:
 1. An ack is made after the journal's commit, never before. Nothing is decoded beyond the head.
 2. The envelope's gateway must be the one that the door authenticated; a batch that names another is refused.
 3. Every batch gets an answer: an ack, a permanent nack with its code, or a nack that says when to try again.
-4. What waits between the doors and the journal is bounded in batches and bytes; above that: try again.
+4. What waits between the doors and the journal is bounded in batches and bytes; above that: try again. No gateway may
+   take all of it, and each has its quota (`cloud.quotas`).
 5. Everything is counted.
 """
 
@@ -22,6 +23,7 @@ from cloud.intervals import coalesce
 from cloud.intervals import count as count_of
 from cloud.journal.contract import Entry, Journal, JournalError, JournalFull, Range
 from cloud.metrics import Metrics
+from cloud.quotas import Quotas
 from sync.wire import (
     COMPRESSION_ZSTD,
     MAX_FRAMES,
@@ -42,6 +44,7 @@ RETRY_VERSION_S: Final = (
     300.0  #: a gateway that was updated before its cloud keeps what it has and asks again
 )
 RETRY_BROKEN_S: Final = 30.0  #: the journal cannot be written: a human is on the way
+_NOTHING: Final = (0, 0)
 MAX_STATE_BYTES: Final = 64 * 1024
 MAX_READINGS: Final = MAX_FRAMES * MAX_POINTS  #: and the journal's integers have 64 bits
 
@@ -81,6 +84,7 @@ class Intake:
         *,
         max_inflight: int = 4096,
         max_inflight_bytes: int = 128 * 1024 * 1024,
+        quotas: Quotas | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,17 +97,22 @@ class Intake:
         self._monotonic_s = monotonic_s
         self.inflight = 0
         self.inflight_bytes = 0
+        self.quotas = quotas or Quotas()
+        # One gateway may not take all of the window: whoever comes beside it finds room.
+        self._share = max_inflight - max_inflight // 8
+        self._share_bytes = max_inflight_bytes - max_inflight_bytes // 8
+        self._under_way: dict[str, list[int]] = {}  # batches and bytes, by gateway
 
     async def accept(self, arrivals: Sequence[Arrival], *, door: str) -> list[Verdict]:
         """One answer per batch, in order, once what can be held is durably held. Never raises for what is in them."""
-        now_ns = self._clock_ns()
+        now_ns, now_s = self._clock_ns(), self._monotonic_s()
         verdicts: list[Verdict | None] = [None] * len(arrivals)
         entries: list[Entry] = []
         places: list[int] = []
         size = total = 0
         for i, arrival in enumerate(arrivals):
             total += len(arrival.payload)
-            judged = self._judge(arrival, now_ns, len(entries), size)
+            judged = self._judge(arrival, now_ns, now_s, len(entries), size)
             if isinstance(judged, Entry):
                 entries.append(judged)
                 places.append(i)
@@ -120,7 +129,9 @@ class Intake:
             self._metrics.ack_latency.observe(done_s - arrival.at_s)
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def _judge(self, arrival: Arrival, now_ns: int, waiting: int, waiting_bytes: int) -> Entry | Nack:
+    def _judge(
+        self, arrival: Arrival, now_ns: int, now_s: float, waiting: int, waiting_bytes: int
+    ) -> Entry | Nack:
         """Decide by the head alone."""
         payload = arrival.payload
         try:
@@ -136,12 +147,20 @@ class Intake:
                 "identity",
                 f"the envelope names another gateway than {arrival.gateway}, which sent it",
             )
+        own, own_bytes = self._under_way.get(arrival.gateway, _NOTHING)
         if (
             self.inflight + waiting >= self._max_inflight
             or self.inflight_bytes + waiting_bytes + len(payload) > self._max_inflight_bytes
+            or own >= self._share
+            or own_bytes + len(payload) > self._share_bytes
         ):
             self._metrics.retry["busy"] += 1
             return busy(head)
+        wait_s = self.quotas.take(arrival.gateway, head.readings, len(payload), now_s)
+        if wait_s > 0:
+            self._metrics.retry["quota"] += 1
+            self.quotas.refuse(arrival.gateway, now_s)
+            return over_quota(head, wait_s)
         # A microsecond apart: where a gateway's clock cannot be true, scans are timed from the receipt
         # (`cloud.decode`), and InfluxDB keeps one of those that share a microsecond and the end of their seq.
         received_ns = now_ns + waiting * 1000
@@ -154,6 +173,7 @@ class Intake:
     async def _append(self, entries: list[Entry], size: int) -> list[Verdict]:
         self.inflight += len(entries)
         self.inflight_bytes += size
+        own = self._count_in(entries)
         try:
             appended = await self._journal.append(entries)
         except JournalFull as err:
@@ -165,6 +185,7 @@ class Intake:
         finally:
             self.inflight -= len(entries)
             self.inflight_bytes -= size
+            self._count_out(own)
         cloud_ns = self._clock_ns()
         metrics = self._metrics
         verdicts = []
@@ -180,6 +201,26 @@ class Intake:
             ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns)
             verdicts.append(Verdict(entry.gateway, ack, held.offset is None))
         return verdicts
+
+    def _count_in(self, entries: list[Entry]) -> dict[str, list[int]]:
+        own: dict[str, list[int]] = {}
+        for entry in entries:
+            counts = own.setdefault(entry.gateway, [0, 0])
+            counts[0] += 1
+            counts[1] += len(entry.payload)
+        for gateway, (n, size) in own.items():
+            total = self._under_way.setdefault(gateway, [0, 0])
+            total[0] += n
+            total[1] += size
+        return own
+
+    def _count_out(self, own: dict[str, list[int]]) -> None:
+        for gateway, (n, size) in own.items():
+            total = self._under_way[gateway]
+            total[0] -= n
+            total[1] -= size
+            if not total[0]:
+                del self._under_way[gateway]
 
     def _acknowledge_held(
         self, entries: list[Entry], verdicts: list[Verdict], held: tuple[int, ...]
@@ -237,6 +278,10 @@ def check_body(head: Head, payload: bytes, start: int) -> None:
         raise WireError("compression", f"the body is not zstd: {err}") from err
     if grown != head.raw_bytes:
         raise WireError("size", f"the body grows to {grown} bytes, its head says {head.raw_bytes}")
+
+
+def over_quota(head: Head, wait_s: float) -> Nack:
+    return Nack(head.epoch, head.first, head.last, "quota", "more than this gateway may send", wait_s)
 
 
 def busy(head: Head) -> Nack:

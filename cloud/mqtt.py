@@ -8,7 +8,8 @@ Rules:
 3. MQTT 5 first, 3.1.1 where the broker has only that; TLS is never downgraded. Every SUBACK code is checked.
 4. One connection, driven by the event loop: no thread, no lock. Whatever has come in when intake is ready is one
    group: one `append`, one answer per gateway.
-5. What waits for intake is bounded; above it a batch is answered "try again" from its head alone.
+5. What waits for intake is bounded, and waits gateway by gateway (`cloud.fairness`); above the bound a batch of the
+   longest queue is answered "try again" from its head alone. What is over a quota waits nowhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import random
 import secrets
 import ssl
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -29,7 +29,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from cloud.intake import Arrival, Intake, StateError, Verdict, busy, merge
+from cloud.fairness import FairQueue
+from cloud.intake import Arrival, Intake, StateError, Verdict, busy, merge, over_quota
 from cloud.journal.contract import JournalError
 from cloud.metrics import Metrics
 from sync.identity import TOPIC_ROOT, IdentityError, Secret, parse_topic
@@ -50,6 +51,7 @@ BACKOFF_MIN_S: Final = 0.1
 BACKOFF_MAX_S: Final = 2.0  #: the whole fleet waits for this one client, and there is no herd of it
 GROUP: Final = 2048  #: batches given to intake at once
 GROUPS: Final = 2  #: under way at once: one is judged while the other is committed
+NACKS_PER_S: Final = 50  #: to one gateway that is over its quota
 READ_BYTES: Final = 256 * 1024
 MISC_S: Final = 1.0  #: how often paho looks at its keepalive
 MAX_TOPICS: Final = 20_000  #: parsed topics kept
@@ -192,13 +194,12 @@ class MqttDoor:
         self._password = password
         self._intake = intake
         self._metrics = metrics
-        self._max_waiting = max_waiting
-        self._max_waiting_bytes = max_waiting_bytes
         self._rng = rng or random.Random()
         self._port = settings.port or (8883 if settings.tls else 1883)
         self._topics: dict[bytes, tuple[str, str]] = {}
-        self._waiting: deque[Arrival] = deque()
-        self._waiting_bytes = 0
+        self._waiting: FairQueue[Arrival] = FairQueue(most=max_waiting, most_bytes=max_waiting_bytes)
+        self._nacks: dict[str, int] = {}  # made of what is over the quota in this second, by gateway
+        self._nacks_at_s = 0.0
         self._states: dict[str, bytes] = {}
         self._arrived = asyncio.Event()
         self._state_arrived = asyncio.Event()
@@ -298,12 +299,13 @@ class MqttDoor:
             self._states[name] = payload
             self._state_arrived.set()
             return
-        size = len(payload)
-        if len(self._waiting) >= self._max_waiting or self._waiting_bytes + size > self._max_waiting_bytes:
-            self._turn_away(name, payload)
+        now_s = time.monotonic()
+        wait_s = self._intake.quotas.wait_s(name, now_s)
+        if wait_s > 0:
+            self._put_off(name, payload, wait_s, now_s)
             return
-        self._waiting.append(Arrival(name, payload, time.monotonic()))
-        self._waiting_bytes += size
+        for crowded_out in self._waiting.put(Arrival(name, payload, now_s)):
+            self._turn_away(crowded_out.gateway, crowded_out.payload)
         self._arrived.set()
 
     def too_large(self) -> None:
@@ -319,6 +321,30 @@ class MqttDoor:
             self._topics.clear()
         place = self._topics[topic] = (str(gateway), leaf)
         return place
+
+    def _put_off(self, name: str, payload: bytes, wait_s: float, now_s: float) -> None:
+        """Over its quota. So many a second are answered, and one that heeds the first sends no second; the rest is let
+        go: a flood must not cost an answer each. Their gateway has them all."""
+        self._intake.quotas.refuse(name, now_s)
+        self._metrics.batches[DOOR] += 1
+        self._metrics.bytes[DOOR] += len(payload)
+        if now_s - self._nacks_at_s >= 1.0:
+            self._nacks_at_s = now_s
+            self._nacks.clear()
+        answered = self._nacks.get(name, 0)
+        if answered >= NACKS_PER_S:
+            self._metrics.door_drops["quota"] += 1
+            return
+        self._nacks[name] = answered + 1
+        try:
+            head, _ = open_head(payload)
+        except WireError as err:
+            self._metrics.refused[err.code] += 1
+            nack = Nack(*claimed(payload), err.code, str(err))
+        else:
+            self._metrics.retry["quota"] += 1
+            nack = over_quota(head, wait_s)
+        self._answer([Verdict(name, nack)])
 
     def _turn_away(self, name: str, payload: bytes) -> None:
         """Answered at once: it must not wait behind what keeps intake busy."""
@@ -352,12 +378,7 @@ class MqttDoor:
 
     async def _answer_some(self) -> None:
         """One group through intake."""
-        group: list[Arrival] = []
-        waiting = self._waiting
-        while waiting and len(group) < GROUP:
-            arrival = waiting.popleft()
-            self._waiting_bytes -= len(arrival.payload)
-            group.append(arrival)
+        group = self._waiting.take(GROUP)
         self._answer(await self._intake.accept(group, door=DOOR))
 
     def _answer(self, verdicts: list[Verdict]) -> None:
