@@ -36,6 +36,7 @@ READINGS: Final = pa.schema([
     ("value", pa.float64()), ("text", pa.string()), ("quality", pa.string()), ("reason", pa.string()),
     ("unit", pa.string()), ("type", pa.string()), ("measurement", pa.string()), ("labels", pa.string()),
     ("received_at", _AT), ("clock_synchronized", pa.bool_()), ("boot", pa.int64()), ("boot_ns", pa.int64()),
+    ("driver", pa.string()), ("earliest_ns", pa.int64()), ("latest_ns", pa.int64()),
 ])  # fmt: skip
 GAPS: Final = pa.schema([
     ("day", pa.date32()), ("tenant", pa.string()),
@@ -147,6 +148,10 @@ def _readings(groups: Sequence[_Scans]) -> pa.Table:
     taken = of_scan([scan.taken_at_ns for scan in scans])
     boot_ns = of_scan([scan.boot_ns for scan in scans])
     without = boot_ns == 0
+    earliest, latest = (
+        of_scan([scan.earliest_ns for scan in scans]),
+        of_scan([scan.latest_ns for scan in scans]),
+    )
     built = {
         "gateway": of_group([group.gateway for group in groups]),
         "device": of_group([group.layout.device for group in groups]),
@@ -169,6 +174,9 @@ def _readings(groups: Sequence[_Scans]) -> pa.Table:
         "clock_synchronized": pa.array(of_scan([scan.clock_synchronized for scan in scans]).astype(bool)),
         "boot": pa.array(of_scan([scan.boot for scan in scans]), mask=without),
         "boot_ns": pa.array(boot_ns, mask=without),
+        "driver": of_group([group.layout.driver for group in groups]),
+        "earliest_ns": pa.array(earliest, mask=earliest == 0),
+        "latest_ns": pa.array(latest, mask=latest == 0),
     }
     return pa.table(built)
 

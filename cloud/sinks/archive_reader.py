@@ -6,15 +6,19 @@ Calls block; they run in a thread. `DeltaTable.scan` is not used (see `archive.p
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from cloud.sinks.archive_store import FolderStore, Store
+from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord
 from config.cloud import Archive
+from drivers.contract import Reason, Value
+from sync.wire import EventFrame, GapFrame, Layout, layout_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS: Final = 2_000
 SCAN_ROWS: Final = 1 << 15  #: with little read ahead: pyarrow's own choice holds hundreds of MB
+RECORD_ROWS: Final = 8_000  #: as records, in one page: about 10 MB
 NS_PER_DAY: Final = 86_400_000_000_000
 
 
@@ -39,6 +44,8 @@ class Row(msgspec.Struct, frozen=True):
     reason: str | None
     clock_synchronized: bool
     received_at_us: int
+    earliest_ns: int | None  #: bounds of an estimated time
+    latest_ns: int | None
 
 
 class ArchiveReader:
@@ -59,6 +66,18 @@ class ArchiveReader:
         Raises `RetryLater`, `SinkBroken`."""
         return await asyncio.to_thread(self._tally, before_ns)
 
+    async def records(
+        self, from_ns: int, to_ns: int, *, gateway: str | None = None
+    ) -> AsyncIterator[list[Record]]:
+        """What was received at from_ns <= t < to_ns, as records that a sink can take: gaps, events, then scans, page by
+        page. A scan may come in several parts, each with some of its points. Raises as `tally` does."""
+        pages = self._records(from_ns // 1000, to_ns // 1000, gateway)
+        while True:
+            page = await asyncio.to_thread(next, pages, None)
+            if page is None:
+                return
+            yield page
+
     async def readings(
         self, tenant: str, gateway: str, *, device: str | None, point: str | None, from_ns: int, to_ns: int
     ) -> AsyncIterator[list[Row]]:
@@ -72,12 +91,48 @@ class ArchiveReader:
 
     # --- in a thread ---
 
-    def _table(self) -> DeltaTable | None:
+    def _records(self, from_us: int, to_us: int, gateway: str | None) -> Iterator[list[Record]]:
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        from cloud.sinks.archive import foreign
+
+        received = ds.field("received_at").cast(pa.int64())
+        wanted = (received >= from_us) & (received < to_us)
+        if gateway is not None:
+            tenant, _, name = gateway.partition("/")
+            wanted &= (ds.field("tenant") == tenant) & (ds.field("gateway") == name)
+        kinds: tuple[tuple[str, Callable[[list[dict[str, Any]]], list[Record]]], ...] = (
+            ("gaps", _gaps_of), ("events", _events_of), ("readings", _scans_of),
+        )  # fmt: skip
+        for name, made in kinds:
+            with foreign(self._store.address(name)):
+                table = self._table(name)
+                if table is None:
+                    continue
+                dataset = table.to_pyarrow_dataset()
+                columns = {column: ds.field(column) for column in dataset.schema.names}
+                for column in ("received_at", "from_at", "to_at"):
+                    if column in columns:
+                        columns[column] = ds.field(column).cast(pa.int64())
+                scanner = dataset.scanner(
+                    columns=columns,
+                    filter=wanted,
+                    batch_size=SCAN_ROWS,
+                    batch_readahead=2,
+                    fragment_readahead=1,
+                )
+                for batch in scanner.to_batches():
+                    for at in range(0, batch.num_rows, RECORD_ROWS):
+                        if page := made(batch.slice(at, RECORD_ROWS).to_pylist()):
+                            yield page
+
+    def _table(self, name: str = "readings") -> DeltaTable | None:
         from deltalake import DeltaTable
         from deltalake.exceptions import TableNotFoundError
 
         try:
-            return DeltaTable(self._store.address("readings"), storage_options=self._store.options)
+            return DeltaTable(self._store.address(name), storage_options=self._store.options)
         except TableNotFoundError:
             return None
 
@@ -147,6 +202,66 @@ class ArchiveReader:
             for batch in scanner.to_batches():
                 for at in range(0, batch.num_rows, BATCH_ROWS):
                     yield _rows(batch.slice(at, BATCH_ROWS))
+
+
+def _scans_of(rows: list[dict[str, Any]]) -> list[Record]:
+    """Rows of `readings` as scans, each with the points that are among these rows. The values are engineering values
+    already, so the layouts have neither scale nor offset."""
+    by_scan: dict[tuple[str, str, str, int, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["tenant"], row["gateway"], row["device"], row["epoch"], row["seq"], row["taken_at_ns"])
+        by_scan.setdefault(key, []).append(row)
+    made: list[Record] = []
+    layouts: dict[Layout, int] = {}
+    for (tenant, gateway, device, epoch, seq, taken_at_ns), points in by_scan.items():
+        first, n = points[0], len(points)
+        tags = tuple(sorted(json.loads(first["labels"] or "{}").items()))
+        layout = Layout(
+            device, first["driver"] or "", first["measurement"], tuple(p["point"] for p in points),
+            tuple(p["type"] for p in points), tuple(p["unit"] for p in points), (1.0,) * n, (0.0,) * n, tags,
+        )  # fmt: skip
+        identity = layouts.get(layout)
+        if identity is None:
+            identity = layouts[layout] = layout_id(layout)
+        reasons = {i: Reason[p["reason"].upper()] for i, p in enumerate(points) if p["reason"]}
+        made.append(ScanRecord(
+            0, tenant, gateway, epoch, seq, layout, identity, taken_at_ns, first["clock_synchronized"],
+            first["received_at"] * 1000, [_value_of(p) for p in points], reasons, first["boot"] or 0,
+            first["boot_ns"] or 0, first["earliest_ns"] or 0, first["latest_ns"] or 0,
+        ))  # fmt: skip
+    return made
+
+
+def _value_of(row: dict[str, Any]) -> Value | None:
+    kind, value, text = row["type"], row["value"], row["text"]
+    if kind == "str":
+        return text  # type: ignore[no-any-return]
+    if kind == "bool":
+        return None if value is None else bool(value)
+    return int(text) if text is not None else value
+
+
+def _gaps_of(rows: list[dict[str, Any]]) -> list[Record]:
+    return [
+        GapRecord(
+            0, row["tenant"], row["gateway"], row["epoch"], row["seq"],
+            GapFrame(row["gap_epoch"], row["first"], row["last"], row["scans"], row["readings"], row["reason"],
+                     row["device"], 0, 0, 0, priority=row.get("priority") or "", frames=row.get("frames") or 0),
+            row["from_at"] * 1000, row["to_at"] * 1000, row["received_at"] * 1000,
+            tuple((int(a), int(b)) for a, _, b in (part.partition("-") for part in (row["held"] or "").split())),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _events_of(rows: list[dict[str, Any]]) -> list[Record]:
+    return [
+        EventRecord(
+            0, row["tenant"], row["gateway"], row["epoch"], row["seq"],
+            EventFrame(0, 0, row["code"], row["text"], row["device"]), row["at_ns"], row["received_at"] * 1000,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _rows(batch: pa.RecordBatch) -> list[Row]:
