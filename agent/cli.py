@@ -36,6 +36,7 @@ ELSEWHERE: Final = {
     "read": ("agent.commands_read", "Read a device once, now."),
     "watch": ("agent.commands_watch", "See a device's values as they come."),
     "write": ("agent.commands_write", "Write a point of a device, and read it back."),
+    "buffer": ("agent.commands_buffer", "What waits in the buffer, and how to carry it out by hand."),
     "doctor": ("agent.commands_doctor", "Check this gateway, step by step, with what to do about it."),
     "report": ("agent.commands_report", "Write a support archive, without secrets."),
     "simulate": ("agent.commands_simulate", "Serve a device, to try a configuration with no hardware."),
@@ -143,9 +144,11 @@ def config_check(file: Path) -> None:
         f"{len(checked.devices)} devices{f' ({idle} more disabled)' if idle else ''}, {points} points, uplink "
         + ("none" if uplink.kind == "none" else f"{uplink.kind} to {uplink.host}")
     )
-    if uplink.kind != "none":
+    for way in (uplink, uplink.fallback):
+        if way.kind == "none":
+            continue
         try:
-            read_secret("uplink", file=uplink.token_file, env=uplink.token_env)
+            read_secret("uplink", file=way.token_file, env=way.token_env)
         except IdentityError as err:
             # No error of the file: it may be checked on another machine, or by another user, than it will run.
             click.echo(f"note: the credential cannot be used here and now: {err}", err=True)

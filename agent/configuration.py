@@ -73,17 +73,18 @@ def _check_names(config: Agent, file: str, text: str) -> list[ConfigFileError]:
         parse_name(f"{config.gateway.tenant}/{config.gateway.name}")
     except IdentityError as err:
         wrong("gateway.name", str(err))
-    uplink = config.uplink
-    if uplink.kind != "none":
+    for path, way in (("uplink", config.uplink), ("uplink.fallback", config.uplink.fallback)):
+        if way.kind == "none":
+            continue
         try:
-            require_private("uplink", uplink.host, tls="on" if uplink.tls else "off")
+            require_private(path, way.host, tls="on" if way.tls else "off")
         except IdentityError as err:
-            wrong("uplink.tls", str(err))
-        if uplink.token_file and uplink.token_env:
-            wrong("uplink.token_env", "token_file and token_env are both set; keep one of them")
-        elif not (uplink.token_file or uplink.token_env):
+            wrong(f"{path}.tls", str(err))
+        if way.token_file and way.token_env:
+            wrong(f"{path}.token_env", "token_file and token_env are both set; keep one of them")
+        elif not (way.token_file or way.token_env):
             wrong(
-                "uplink.token_file",
+                f"{path}.token_file",
                 'no credential; set token_file or token_env (there is no default), or kind = "none"',
             )
     taken: dict[str, int] = {}

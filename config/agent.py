@@ -6,6 +6,7 @@ when the device is built, with the same kind of error.
 
 from __future__ import annotations
 
+import zoneinfo
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -45,6 +46,55 @@ class Buffer(_Strict, frozen=True, kw_only=True):
     low_latency: bool = False  #: commit every 100 ms instead
     quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  #: time budget for the check at start
     max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
+    when_full: Literal["drop", "thin"] = (
+        "drop"  #: the oldest of the lowest priority, at once or one in `thin_keep` kept
+    )
+    thin_keep: Annotated[int, Meta(ge=2, le=1_000)] = 10  #: of so many scans of a device, one stays
+
+
+class Fallback(_Strict, frozen=True, kw_only=True):
+    """The second way to the cloud; waits, window and shares are those of `[uplink]`."""
+
+    kind: Literal["mqtt", "https", "none"] = "none"
+    host: Name = "localhost"
+    port: Port = 0
+    tls: bool = True
+    ca_file: FilePath | None = None
+    token_file: FilePath | None = None
+    token_env: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")] | None = None
+    after_failures: Annotated[int, Meta(ge=1, le=100)] = 3  #: of the first way, in a row
+    return_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0  #: how often the first is looked at meanwhile
+
+
+Hours: TypeAlias = Annotated[
+    str, Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)\Z")
+]
+"""A part of each day, "22:00-06:00": from the first minute up to the last, which may be tomorrow's."""
+
+
+class Metered(_Strict, frozen=True, kw_only=True):
+    """What a link that costs may carry, and when. The defaults hold nothing back."""
+
+    hours: tuple[Hours, ...] = ()  #: when all may go; none: at any time
+    timezone: Name = "UTC"  #: of the hours and of the day; an IANA name
+    bytes_per_day: Annotated[int, Meta(ge=0, le=1 << 50)] = 0  #: 0: no limit
+    always: tuple[Literal["alarm", "normal", "bulk"], ...] = ("alarm",)  #: these go at any time, and count
+    applies_to: Literal["all", "fallback"] = "all"  #: fallback: only the second way costs
+
+    def __post_init__(self) -> None:
+        if self.timezone == "UTC":
+            return  # known on a system without zone files, too
+        try:
+            zoneinfo.ZoneInfo(self.timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(
+                f"timezone: {self.timezone!r} is not known here; give an IANA name as Europe/Zurich, or UTC"
+            ) from None
+
+    @property
+    def limits(self) -> bool:
+        """Whether anything is ever held back."""
+        return bool(self.hours or self.bytes_per_day)
 
 
 class Uplink(_Strict, frozen=True, kw_only=True):
@@ -67,8 +117,12 @@ class Uplink(_Strict, frozen=True, kw_only=True):
     backoff_min_s: Annotated[float, Meta(gt=0, le=3_600)] = 0.5
     backoff_max_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     heartbeat_s: Annotated[float, Meta(ge=1, le=86_400)] = 30.0
+    fallback: Fallback = Fallback()
+    metered: Metered = Metered()
 
     def __post_init__(self) -> None:
+        if self.kind == "none" and self.fallback.kind != "none":
+            raise ValueError('fallback.kind: there is nothing to fall back from; kind is "none"')
         if self.backoff_min_s > self.backoff_max_s:
             raise ValueError(
                 f"backoff_min_s: {self.backoff_min_s:g} is more than backoff_max_s {self.backoff_max_s:g}"
@@ -93,6 +147,7 @@ class Device(_Strict, frozen=True, kw_only=True):
     )
     measurement: Name | None = None  #: the InfluxDB measurement; unset: the driver's name
     tags: dict[Name, Name] = {}
+    priority: Literal["alarm", "normal", "bulk"] = "normal"  #: of its readings; a point may say otherwise
     enabled: bool = True
     options: Table = {}
     point: list[Table] = []

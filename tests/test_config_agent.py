@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config.agent import Agent, Buffer, Device, Gateway, Uplink
+from config.agent import Agent, Buffer, Device, Fallback, Gateway, Metered, Uplink
 from config.load import ConfigFileError, convert, load, parse_toml
 from drivers.contract import Point
 
@@ -22,14 +22,17 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "gateway": Gateway,
     "buffer": Buffer,
     "uplink": Uplink,
+    "uplink.fallback": Fallback,
+    "uplink.metered": Metered,
     "device": Device,
     "device.point": Point,
 }
 #: Keys whose default is "unset": the sample shows a value to give, and says in words what happens without.
 UNSET = {
     "uplink": {"ca_file", "token_file", "token_env"},
+    "uplink.fallback": {"ca_file", "token_file", "token_env"},
     "device": {"profile", "only", "phase_ms", "timeout_ms", "measurement", "tags"},
-    "device.point": {"one_of"},
+    "device.point": {"one_of", "priority"},
 }
 GOOD = """
 [gateway]
@@ -61,7 +64,7 @@ def shown_keys(text: str) -> Iterator[tuple[str, str, str, bool]]:
 
 def default_of(table: str, key: str) -> Any:
     field = next(f for f in msgspec.structs.fields(TABLES[table]) if f.encode_name == key)
-    return field.default
+    return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 @pytest.mark.parametrize("name", ["agent.toml", "first-device.toml"])
@@ -86,7 +89,7 @@ def test_the_sample_shows_every_key_there_is() -> None:
     shown = {(table, key) for table, key, _, _ in shown_keys((SAMPLES / "agent.toml").read_text())}
     for table, struct in TABLES.items():
         for field in msgspec.structs.fields(struct):
-            if table == "device" and field.encode_name in ("options", "point"):
+            if f"{table}.{field.encode_name}" in (*TABLES, "device.options"):
                 continue
             assert (table, field.encode_name) in shown, f"{table}.{field.encode_name} is not in the sample"
 
@@ -155,13 +158,15 @@ def _good() -> dict[str, Any]:
     return {
         "gateway": {"tenant": "a", "name": "b"},
         "buffer": {},
-        "uplink": {},
+        "uplink": {"fallback": {}, "metered": {}},
         "device": [{"name": "d", "driver": "e"}],
     }
 
 
 def _table(whole: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = whole["device"][0] if name == "device" else whole[name]
+    found: dict[str, Any] = whole
+    for part in name.split("."):
+        found = found["device"][0] if part == "device" else found[part]
     return found
 
 
