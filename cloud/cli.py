@@ -23,6 +23,7 @@ ELSEWHERE: Final = {
         "Readings by gateway, device, point and time; as a table, JSON or CSV.",
     ),
     "dead-letters": ("cloud.commands_dead_letters", "What a sink refused: list, show, replay, drop."),
+    "import": ("cloud.commands_import", "Take in what a gateway exported to a file."),
     "verify": ("cloud.commands_verify", "Check that what was received is in every sink."),
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import keyword
 from collections.abc import Mapping
 
 import click
@@ -19,7 +20,10 @@ class _Lazy(click.Command):
         self._module = module
 
     def real(self) -> click.Command:
-        found = getattr(importlib.import_module(self._module), str(self.name).replace("-", "_"))
+        word = str(self.name).replace("-", "_")
+        found = getattr(
+            importlib.import_module(self._module), f"{word}_" if keyword.iskeyword(word) else word
+        )
         if not isinstance(found, click.Command):
             raise TypeError(f"{self._module} has no command {self.name!r}")
         return found
@@ -27,7 +31,8 @@ class _Lazy(click.Command):
 
 class LazyGroup(click.Group):
     """A group that also knows commands by the module they live in: name -> (module, one line of help). A module that
-    is not installed has no command. It holds a click command of the same name (dashes as underscores)."""
+    is not installed has no command. It holds a click command of the same name (dashes as underscores, and `import_`
+    for a word that is Python's own)."""
 
     elsewhere: Mapping[str, tuple[str, str]] = {}
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import msgspec
@@ -566,3 +566,95 @@ def shown(layout: Layout, values: Sequence[Value | None]) -> list[Value | None]:
         else:
             out.append(engineering(value, scale, offset))
     return out
+
+
+# --- batches in a file, carried by hand ---
+
+EXPORT_MAGIC: Final = b"HEADGATE-EXPORT\n"
+_MAX_EXPORT_HEAD: Final = 4096
+_EXPORT_SIZE: Final = struct.Struct(">I")
+_EXPORT_END: Final = struct.Struct(
+    ">Q32s"
+)  #: how many batches, SHA-256 of every byte before the end's own size
+
+
+class ExportHead(msgspec.Struct, frozen=True, array_like=True):
+    """Who wrote the file, and when."""
+
+    gateway: str
+    made_ns: int  #: the gateway's wall clock
+    agent: str  #: version of the agent
+
+
+class ExportWriter:
+    """The bytes of an export file, piece by piece: `start`, a `record` for each batch, `end`."""
+
+    def __init__(self, head: ExportHead) -> None:
+        self.batches = 0
+        self._digest = hashlib.sha256()
+        told = _encode(head)
+        self.start = self._seen(EXPORT_MAGIC + _EXPORT_SIZE.pack(len(told)) + told)
+
+    def record(self, payload: bytes) -> bytes:
+        """One sealed batch."""
+        self.batches += 1
+        return self._seen(_EXPORT_SIZE.pack(len(payload)) + payload)
+
+    def end(self) -> bytes:
+        """A size of 0, then the count and the digest: a file without its end was cut short."""
+        return _EXPORT_SIZE.pack(0) + _EXPORT_END.pack(self.batches, self._digest.digest())
+
+    def _seen(self, piece: bytes) -> bytes:
+        self._digest.update(piece)
+        return piece
+
+
+def read_export(read: Callable[[int], bytes]) -> tuple[ExportHead, Iterator[bytes]]:
+    """An export file's head and its batches, as they come; `read` is a file's. What a batch holds is not looked at
+    (`open_head` checks it). Raises `WireError`, the iterator too: "truncated" where the file ends early, "export" where
+    it is none, "crc" where all came and the whole is not what was written."""
+    digest = hashlib.sha256()
+
+    def take(size: int, what: str) -> bytes:
+        piece = read(size)
+        if len(piece) != size:
+            raise WireError(
+                "truncated", f"the file ends within {what}: it was not written to its end, or cut"
+            )
+        digest.update(piece)
+        return piece
+
+    if read(len(EXPORT_MAGIC)) != EXPORT_MAGIC:
+        raise WireError("export", "this is no export of a gateway's buffer")
+    digest.update(EXPORT_MAGIC)
+    (size,) = _EXPORT_SIZE.unpack(take(_EXPORT_SIZE.size, "its head"))
+    if not 0 < size <= _MAX_EXPORT_HEAD:
+        raise WireError("export", f"its head claims {size} bytes; at most {_MAX_EXPORT_HEAD} are possible")
+    try:
+        head = msgspec.msgpack.decode(take(size, "its head"), type=ExportHead)
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise WireError("export", f"its head does not decode: {err}") from err
+
+    def batches() -> Iterator[bytes]:
+        count = 0
+        while True:
+            piece = read(_EXPORT_SIZE.size)
+            if len(piece) != _EXPORT_SIZE.size:
+                raise WireError("truncated", f"the file ends after {count} batches, without its end")
+            (size,) = _EXPORT_SIZE.unpack(piece)
+            if size == 0:
+                break
+            if size > MAX_BATCH_BYTES:
+                raise WireError(
+                    "export", f"after {count} batches one claims {size} bytes: the file is damaged there"
+                )
+            digest.update(piece)
+            yield take(size, f"batch {count + 1}")
+            count += 1
+        last = read(_EXPORT_END.size)
+        if len(last) != _EXPORT_END.size:
+            raise WireError("truncated", f"the file ends after {count} batches, within its end")
+        if _EXPORT_END.unpack(last) != (count, digest.digest()):
+            raise WireError("crc", "the file is not what was written: some batch in it is damaged or missing")
+
+    return head, batches()

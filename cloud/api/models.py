@@ -171,6 +171,21 @@ class Replay:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of one batch that was brought by hand: `outcome` is new, duplicate (held already), later (`text` says
+    why, `retry_after_s` when) or refused."""
+
+    gateway: str
+    epoch: int
+    first: int
+    last: int
+    readings: int
+    outcome: Literal["new", "duplicate", "later", "refused"]
+    text: str = ""
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
     dropped: int
 

@@ -37,18 +37,23 @@ from cloud.api.models import (
     Selection,
     SinkAccount,
     Store,
+    Taken,
     Value,
     Verdict,
 )
 from cloud.api.times import iso
 from cloud.dead_letters import DeadLetters, DeadLettersError, Letter
 from cloud.decode import Decoder
+from cloud.intake import Arrival, Intake
+from cloud.intake import Verdict as IntakeVerdict
 from cloud.journal.contract import JournalError, Stored
+from cloud.metrics import Metrics
 from cloud.sinks.contract import GapRecord, RetryLater, ScanRecord, SinkError
 from cloud.skew import Skews
 from config.cloud import Cloud
 from drivers.contract import Quality, Reason
 from sync.identity import IdentityError, Secret, parse_name
+from sync.wire import Ack, Head, WireError, claimed, open_head
 
 if TYPE_CHECKING:
     from cloud.journal.sqlite import SqliteJournal
@@ -111,6 +116,7 @@ class Operator:
         journal: SqliteJournal | None = None,
         runners: Sequence[SinkRunner] = (),
         mysql: Secret | None = None,
+        intake: Intake | None = None,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -118,6 +124,7 @@ class Operator:
         self._runners = {runner.sink.name: runner for runner in runners}
         self._mysql = mysql
         self._registries: dict[str, Registry] = {}
+        self._intake = intake
         self._decoder = Decoder(Skews(round(config.limits.skew_alarm_s * 1e9)))
 
     async def close(self) -> None:
@@ -298,6 +305,38 @@ class Operator:
             return selection.ids
         limit = max(1, min(selection.limit, MAX_LETTERS))
         return [letter.id for letter in await self._dead_letters.letters(sink=selection.sink, limit=limit)]
+
+    # --- what is brought by hand ---
+
+    async def take(self, payloads: Sequence[bytes], *, gateway: str | None = None) -> list[Taken]:
+        """Batches of an export, through the same intake as those that come by network. `gateway` admits one that is
+        not known here yet. Raises `OperatorError`."""
+        if self._journal is None:
+            raise OperatorError("the journal is not here")
+        if self._intake is None:
+            self._intake = Intake(self._journal, self._journal, Metrics())
+        known = {f"{g.tenant}/{g.name}" for g in self._config.gateway} | ({gateway} if gateway else set())
+        known |= {row.gateway for row in await self._journal.counts()}
+        arrivals: list[Arrival] = []
+        taken: list[Taken | None] = []
+        heads: list[Head] = []
+        for payload in payloads:
+            try:
+                head, _ = open_head(payload)
+            except WireError as err:
+                taken.append(Taken("", *claimed(payload), 0, "refused", f"{err.code}: {err}"))
+                continue
+            if head.gateway not in known:
+                text = f"gateway {head.gateway} is not known here; if it is yours, say so: --gateway {head.gateway}"
+                taken.append(
+                    Taken(head.gateway, head.epoch, head.first, head.last, head.readings, "refused", text)
+                )
+                continue
+            taken.append(None)
+            heads.append(head)
+            arrivals.append(Arrival(head.gateway, payload, time.monotonic()))
+        verdicts = iter(zip(heads, await self._intake.accept(arrivals, door="import"), strict=True))
+        return [one or _taken(*next(verdicts)) for one in taken]
 
     # --- verify ---
 
@@ -597,6 +636,16 @@ def _letter(letter: Letter) -> DeadLetter:
         letter.id, letter.sink, letter.gateway, letter.epoch, letter.first, letter.last, letter.readings, letter.reason,
         letter.tries, iso(letter.received_at_ns), iso(letter.added_at_ns),
     )  # fmt: skip
+
+
+def _taken(head: Head, verdict: IntakeVerdict) -> Taken:
+    told = (head.gateway, head.epoch, head.first, head.last, head.readings)
+    reply = verdict.reply
+    if isinstance(reply, Ack):
+        return Taken(*told, "duplicate" if verdict.duplicate else "new")
+    if reply.retry_after_s is not None:
+        return Taken(*told, "later", reply.text, reply.retry_after_s)
+    return Taken(*told, "refused", f"{reply.code}: {reply.text}")
 
 
 def _reason_word(reason: int) -> str | None:

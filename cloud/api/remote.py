@@ -6,7 +6,7 @@ Rule: the token goes in a header, over TLS or to this machine only; it is in no 
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final, TypeVar
@@ -23,6 +23,7 @@ from cloud.api.models import (
     ReadingsPage,
     Replay,
     Selection,
+    Taken,
     Verdict,
 )
 from cloud.api.operator import NotFound, NotNow, OperatorError
@@ -97,6 +98,17 @@ class Remote:
 
     async def drop(self, selection: Selection) -> int:
         return (await self._post("/dead-letters/drop", selection, Dropped)).dropped
+
+    async def take(self, payloads: Sequence[bytes], *, gateway: str | None = None) -> list[Taken]:
+        body = b"".join(len(payload).to_bytes(4, "big") + payload for payload in payloads)
+        with _Translated(self._url):
+            answer = await self._client.post(
+                "/import",
+                params=_given({"gateway": gateway}),
+                content=body,
+                headers={"Content-Type": "application/octet-stream"},
+            )
+        return self._decoded(answer, list[Taken])
 
     async def verify(self) -> Verdict:
         return await self._get("/verify", {}, Verdict, timeout_s=VERIFY_TIMEOUT_S)

@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
@@ -27,12 +27,15 @@ from cloud.api import formats, models, times
 from cloud.api.operator import MAX_LIMIT, NotFound, NotNow, Operator, OperatorError, Pages
 from cloud.api.operator import Query as Readings
 from cloud.dead_letters import DeadLettersError
+from cloud.intake import Intake
 from cloud.journal.contract import JournalError
 from cloud.sinks.contract import RetryLater, SinkError
 from sync.identity import Secret
 
 if TYPE_CHECKING:
     from cloud.server import Services
+
+MAX_IMPORT_BYTES: Final = 8 * 1024 * 1024  #: of one request: a moment's work, and bounded memory
 
 Format: TypeAlias = Literal["json", "csv", "arrow"]
 
@@ -72,6 +75,7 @@ def mount(app: FastAPI, services: Services) -> None:
         journal=services.journal,
         runners=services.runners,
         mysql=services.secrets.mysql,
+        intake=Intake(services.journal, services.journal, services.metrics),
     )
     services.on_close.push_async_callback(operator.close)
     app.include_router(router(operator, services.secrets.operator))
@@ -117,6 +121,7 @@ def router(operator: Operator, token: Secret | None) -> APIRouter:
     _add_gateways(api, operator)
     _add_readings(api, operator)
     _add_dead_letters(api, operator)
+    _add_import(api, operator)
 
     @api.get("/verify", summary="The accounting identity, counted", response_model=models.Verdict)
     async def verify() -> Response:
@@ -245,6 +250,47 @@ def _add_dead_letters(api: APIRouter, operator: Operator) -> None:
     async def drop(selection: models.Selection) -> Response:
         """`verify` counts what was dropped as missing from the sink: it is."""
         return _json(models.Dropped(await operator.drop(selection)))
+
+
+def _add_import(api: APIRouter, operator: Operator) -> None:
+    @api.post(
+        "/import",
+        summary="Batches of an export, carried by hand",
+        response_model=list[models.Taken],
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            }
+        },
+    )
+    async def take(
+        request: Request,
+        gateway: Annotated[
+            str | None, Query(description="Admit this one, `tenant/gateway`.", max_length=129)
+        ] = None,
+    ) -> Response:
+        """The body: each batch after its size (u32, big-endian), as in the file; at most 8 MiB. Each is checked and
+        deduped as if it had come by network, and durable when it is answered."""
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_IMPORT_BYTES:
+                raise HTTPException(413, f"at most {MAX_IMPORT_BYTES} bytes at a time")
+        return _json(await operator.take(_parted(bytes(body)), gateway=gateway))
+
+
+def _parted(body: bytes) -> list[bytes]:
+    payloads: list[bytes] = []
+    at = 0
+    while at < len(body):
+        size = int.from_bytes(body[at : at + 4], "big")
+        payload = body[at + 4 : at + 4 + size]
+        if at + 4 > len(body) or not size or len(payload) != size:
+            raise OperatorError(f"the body ends within batch {len(payloads) + 1}")
+        payloads.append(payload)
+        at += 4 + size
+    return payloads
 
 
 class _Primed:

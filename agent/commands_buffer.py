@@ -1,0 +1,117 @@
+"""`headgate buffer`: what waits, how much and how old, what was lost; and the way out without a network."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import msgspec
+
+from agent.cli import DEFAULT_CONFIG
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_MB = 1024 * 1024
+
+
+class _Place(msgspec.Struct):
+    folder: Path
+    file: Path
+    as_json: bool
+
+
+@click.group(invoke_without_command=True)
+@click.option(
+    "--config", "file", type=_FILE, default=DEFAULT_CONFIG, show_default=True, help="The configuration."
+)
+@click.option("--state-dir", type=_FOLDER, default=None, help="Look here instead of gateway.state_dir.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_context
+def buffer(context: click.Context, file: Path, state_dir: Path | None, *, as_json: bool) -> None:
+    """Show what waits in the buffer: depth, bytes, oldest, by priority, when it will be delivered, and the gaps.
+
+    Works whether the agent runs or not, and changes nothing. Exit: 0 well, 1 trouble, 2 cannot tell.
+    """
+    from agent.configuration import state_dir_of
+
+    context.obj = _Place(state_dir or state_dir_of(file), file, as_json)
+    if context.invoked_subcommand is not None:
+        return
+    from agent import buffer_look
+    from agent import status as status_file
+    from agent.state import is_locked
+
+    place: _Place = context.obj
+    try:
+        held = buffer_look.look(place.folder)
+    except buffer_look.LookError as err:
+        _fail(str(err))
+    status = status_file.read(place.folder)
+    running = is_locked(place.folder)
+    told = buffer_look.account(held, status if running else None, time.time_ns())
+    if place.as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+    else:
+        for line in buffer_look.lines(told):
+            click.echo(line)
+    sys.exit(1 if told.trouble else 0)
+
+
+@buffer.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.pass_obj
+def export(place: _Place, target: Path) -> None:
+    """Write what waits into TARGET (a new file, or a folder), to be carried to the cloud by hand.
+
+    There: headgate-cloud import TARGET. Nothing is taken out of the buffer: what the cloud has already is told apart there. The agent may run meanwhile.
+    """
+    from importlib.metadata import version
+
+    from agent.export import ExportError, export
+
+    gateway = _gateway(place)
+    if target.is_dir():
+        target = (
+            target / f"{gateway.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.headgate"
+        )
+    try:
+        done = export(place.folder, target, gateway, version("headgate"), time.time_ns())
+    except ExportError as err:
+        _fail(str(err))
+    if place.as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(done), indent=2).decode())
+    else:
+        click.echo(
+            f"{done.file}: {done.readings:,} readings in {done.batches} batches, {done.bytes / _MB:.1f} MB; "
+            f"on the cloud's side: headgate-cloud import {Path(done.file).name}"
+        )
+        if done.damaged_rows:
+            click.echo(
+                f"{done.damaged_rows} damaged rows are left out; the agent reports them as gaps", err=True
+            )
+    sys.exit(1 if done.damaged_rows else 0)
+
+
+def _gateway(place: _Place) -> str:
+    """Whose buffer it is: as the agent last said, else as the configuration says."""
+    from agent import status as status_file
+
+    told = status_file.read(place.folder)
+    if told is not None and told.gateway:
+        return told.gateway
+    from agent.configuration import check
+
+    checked = check(place.file)
+    if checked.config is None:
+        _fail(
+            f"whose buffer is it? The agent left no status in {place.folder}, and {place.file} cannot be used"
+        )
+    return f"{checked.config.gateway.tenant}/{checked.config.gateway.name}"
+
+
+def _fail(text: str) -> NoReturn:
+    click.echo(f"headgate: {text}", err=True)
+    sys.exit(2)
