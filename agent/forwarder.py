@@ -30,6 +30,7 @@ from agent.buffer import Buffer
 from agent.status import LinkHealth, LinkState
 from agent.store import Batch, Bounds
 from config.agent import Uplink as UplinkSettings
+from config.failpoint import reached
 from sync.identity import GatewayName, Secret, read_secret
 from sync.uplink import AckTimeout, BatchRefused, LinkDown, RetryLater, Uplink
 from sync.wire import Ack
@@ -308,6 +309,7 @@ class Forwarder:
             sent_s = time.monotonic()
             ack: Ack | None
             try:
+                reached("forwarder.before_send")
                 ack = await self._uplink.send(under_way.batch.sealed)
             except AckTimeout:
                 self._drops.pop(under_way.bounds, None)  # the link outlived it
@@ -380,6 +382,7 @@ class Forwarder:
     def _acked(self, under_way: _UnderWay, ack: Ack, took_s: float) -> None:
         self._answers += 1
         self._refusals = 0
+        reached("forwarder.after_ack")
         self._buffer.settle(ack)
         self._drops.pop(under_way.bounds, None)
         self._alone.pop(under_way.bounds, None)
@@ -405,11 +408,14 @@ class Forwarder:
         log.warning(
             "frame %d is refused for good (%s: %s); it is parked and reported as a gap", first, code, why
         )
+        reached("forwarder.before_park")
         if not await self._buffer.park(epoch, first, code, why):
             raise _Lost("a refused frame cannot be parked now: the buffer's disk refuses")
 
     async def _halve(self, bounds: Bounds) -> None:
+        reached("forwarder.before_split")
         halves = await self._buffer.split(bounds)
+        reached("forwarder.after_split")
         if not halves and self._still_here(bounds):
             raise _Lost("a batch cannot be halved now: the buffer's disk refuses")
         self._todo.extendleft(b.bounds for b in reversed(halves))

@@ -39,6 +39,7 @@ import msgspec
 import zstandard
 
 from agent.clock import Clock, ClockReading
+from config.failpoint import reached
 from sync.wire import (
     MAX_EPOCH,
     MAX_FRAMES,
@@ -444,6 +445,7 @@ class Store:
         if self.ledger.boot in self._clocks:
             _insert_clock(conn, self._clocks[self.ledger.boot], 1)
         conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        reached("store.before_create")
         conn.execute("COMMIT")
 
     def _load(self, conn: sqlite3.Connection) -> None:
@@ -481,6 +483,7 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 conn.execute("ROLLBACK")
             raise
+        reached("store.after_open")
         _better(clocks, first)
         marks.append((first, led.next_seq))
         self.ledger, self._layouts, self._clocks, self._marks = led, layouts, clocks, marks
@@ -492,7 +495,9 @@ class Store:
     def _replace(self, why: str) -> None:
         """Set the damaged file aside and open a fresh one."""
         self._disconnect()
+        reached("store.before_set_aside")
         aside = self._set_aside()
+        reached("store.after_set_aside")
         held = self.ledger.held_readings
         known = f"about {held} readings in it" if held else "what it held"
         text = f"the buffer was damaged ({why}) and is kept as {aside}; {known} waits there for salvage"
@@ -513,6 +518,7 @@ class Store:
             for tail in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     self.path.with_name(self.path.name + tail).rename(self.path.with_name(name + tail))
+                    reached("store.after_rename")
         except OSError as err:
             raise StoreRefusing(
                 f"the damaged buffer {self.path} cannot be set aside: {err.strerror}"
@@ -536,12 +542,14 @@ class Store:
                  led.gapped_frames, led.gapped_readings),
             )  # fmt: skip
             self._write_batches(conn, led)
+            reached("store.before_commit")
             conn.execute("COMMIT")
         except BaseException:
             self._mark_id = None  # its row may be gone with the transaction
             with contextlib.suppress(sqlite3.Error):
                 conn.execute("ROLLBACK")
             raise
+        reached("store.after_commit")
         self.ledger = led
         self._wal_bytes += _COMMIT_PAGES * PAGE_BYTES
 
@@ -605,6 +613,7 @@ class Store:
     def _insert(
         self, conn: sqlite3.Connection, led: Ledger, frames: Sequence[bytes], readings: Sequence[int]
     ) -> None:
+        reached("store.before_insert")
         crc = zlib.crc32
         seqs = range(led.next_seq, led.next_seq + len(frames))
         conn.executemany(
@@ -614,6 +623,7 @@ class Store:
         led.next_seq = seqs.stop
         led.kept_frames += len(frames)
         led.kept_readings += sum(readings)
+        reached("store.after_insert")
 
     def _add_layouts(self, conn: sqlite3.Connection, layouts: Sequence[Layout]) -> None:
         for layout in layouts:
@@ -706,9 +716,11 @@ class Store:
 
     def _settle(self, conn: sqlite3.Connection, led: Ledger, ranges: Sequence[Range]) -> None:
         for first, last in ranges:
+            reached("store.before_settle")
             frames, readings = self._count(conn, first, last)
             if frames:
                 conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+                reached("store.after_settle")
                 led.settled_frames += frames
                 led.settled_readings += readings
             for r in [r for r in led.recorded.values() if r.first <= last and first <= r.last]:
@@ -871,6 +883,7 @@ class Store:
             if r is not None and r.last == last and first < last:
                 middle = (first + last) // 2
                 self._narrow(conn, led, r, [(first, middle), (middle + 1, last)])
+                reached("store.after_split")
         return self.rebuild(first, last)
 
     def park(self, seq: int, code: str, reason: str) -> int:
@@ -891,7 +904,9 @@ class Store:
             )
             for r in [r for r in led.recorded.values() if r.first <= seq <= r.last]:
                 self._narrow(conn, led, r, without((r.first, r.last), [(seq, seq)]))
+            reached("store.before_park")
             gaps = self._discard(conn, led, [(seq, readings, frame_head(data))], "refused")
+            reached("store.after_park")
             if data[1:2] != _GAP_TAG:
                 self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
         self.parked = min(self.parked + 1, _PARKED_MAX)
@@ -912,9 +927,11 @@ class Store:
                 and _boot(rows[i][2]) == _boot(rows[start][2])
             ):
                 continue
+            reached("store.before_evict")
             run = rows[start:i]
             first, last = run[0][0], run[-1][0]
             conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+            reached("store.after_evict")
             heads = [head for _, _, head in run if isinstance(head, _ScanHead)]
             readings = sum(n for _, n, _ in run)
             led.gapped_frames += len(run)
@@ -1049,7 +1066,9 @@ class Store:
                 self._thin_clock(conn)
                 free = conn.execute("PRAGMA freelist_count").fetchone()[0]
                 if free >= _VACUUM_FREE_PAGES and _used_pages(conn) <= _VACUUM_LIVE_PAGES:
+                    reached("store.before_vacuum")
                     conn.execute("VACUUM")  # cheap now: it copies only what is held; keeps every seq
+                    reached("store.after_vacuum")
                     self.checkpoint()
                 self._restore_ballast()
         except sqlite3.Error as err:
@@ -1058,7 +1077,9 @@ class Store:
 
     def checkpoint(self) -> None:
         if self._conn is not None:
+            reached("store.before_checkpoint")
             self._conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            reached("store.after_checkpoint")
             self._wal_bytes = 0
 
     def _thin_clock(self, conn: sqlite3.Connection) -> None:

@@ -71,6 +71,7 @@ CREATE TABLE dropped (
     PRIMARY KEY (sink, gateway)
 ) WITHOUT ROWID;
 """
+from config.failpoint import reached
 
 T = TypeVar("T")
 
@@ -240,6 +241,7 @@ class DeadLetters:
         except BaseException:
             db.execute("ROLLBACK")
             raise
+        reached("dead_letters.before_commit")
         db.execute("COMMIT")
 
     def _add(self, letters: Sequence[NewLetter]) -> None:

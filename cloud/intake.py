@@ -24,6 +24,7 @@ from cloud.intervals import count as count_of
 from cloud.journal.contract import Entry, Journal, JournalError, JournalFull, Range
 from cloud.metrics import Metrics
 from cloud.quotas import Quotas
+from config.failpoint import reached
 from sync.wire import (
     COMPRESSION_ZSTD,
     MAX_FRAMES,
@@ -175,6 +176,7 @@ class Intake:
         self.inflight_bytes += size
         own = self._count_in(entries)
         try:
+            reached("intake.before_append")
             appended = await self._journal.append(entries)
         except JournalFull as err:
             # The text may name paths of this machine: gateways are told the remedy's effect only.
@@ -189,6 +191,7 @@ class Intake:
         cloud_ns = self._clock_ns()
         metrics = self._metrics
         verdicts = []
+        reached("intake.after_append")
         for entry, held in zip(entries, appended, strict=True):
             frames = entry.last - entry.first + 1
             metrics.frames += frames

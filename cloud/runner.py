@@ -44,6 +44,7 @@ from cloud.sinks.contract import (
     StoreChanged,
 )
 from cloud.skew import Skews
+from config.failpoint import reached
 from sync.wire import Body, Layout, WireError, layout_id, open_body, open_head, wall_clock
 
 log = logging.getLogger(__name__)
@@ -497,14 +498,18 @@ class SinkRunner:
             )
         while letters:
             try:
+                reached("runner.before_letters")
                 await self._dead_letters.add(letters)
+                reached("runner.after_letters")
                 self._up()
                 break
             except DeadLettersError as err:
                 await self._back_off(err)
                 self._end_if_draining(err)
         if part.upto > self._position:
+            reached("runner.before_cursor")
             await self._journal.commit(self.sink.name, part.upto, expired=expired)
+            reached("runner.after_cursor")
             self._position = part.upto
         elif expired:  # the rest of this entry is in a call of its own
             await self._journal.commit(self.sink.name, self._position, expired=expired)
@@ -525,6 +530,7 @@ class SinkRunner:
             "sink %s refused %d records (%s): looking for the one", self.sink.name, len(part.records), refused
         )
         rejected = await self._isolate(part.records, 0, refused)
+        reached("runner.after_bisection")
         # The halves were written under the old offset; the new one follows.
         await self._call((), part.upto)
         return rejected
@@ -545,6 +551,7 @@ class SinkRunner:
         return rejected + (await self._half(right, at))[0]
 
     async def _half(self, records: Sequence[Record], start: int) -> tuple[list[Rejection], bool]:
+        reached("runner.before_half")
         refused = await self._call(records, self._position)
         if isinstance(refused, Settled):
             shifted = [msgspec.structs.replace(r, index=r.index + start) for r in refused.rejected]
@@ -555,6 +562,7 @@ class SinkRunner:
         """One write, repeated for as long as the store asks for it."""
         while True:
             try:
+                reached("runner.before_write")
                 settled = await self.sink.write(records, upto)
             except RetryLater as err:
                 await self._back_off(err)
@@ -567,6 +575,7 @@ class SinkRunner:
                 log.exception("sink %s failed", self.sink.name)
                 return _NotTaken(f"the sink failed: {type(err).__name__}: {err}")
             else:
+                reached("runner.after_write")
                 self._up()
                 if records:
                     self._failures = 0
@@ -690,6 +699,7 @@ class SinkRunner:
                 await self._dead_letters.refused_again(letter_id, reason)
                 refused.append((letter_id, reason))
             else:
+                reached("runner.after_replay")
                 await self._dead_letters.drop((letter_id,))
                 delivered.append(letter_id)
         return Replayed(tuple(delivered), tuple(refused), tuple(unknown))

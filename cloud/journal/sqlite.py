@@ -47,6 +47,7 @@ from cloud.journal.contract import (
     Range,
     Stored,
 )
+from config.failpoint import reached
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -415,7 +416,9 @@ class SqliteJournal:
                     job.results = [self._admit(db, e, rows, dirty, tallies) for e in job.entries]
             if rows:
                 db.executemany(_INSERT, rows)
+            reached("journal.after_insert")
             self._persist(db, dirty, tallies)
+            reached("journal.before_commit")
             db.execute("COMMIT")
         except Exception as err:  # noqa: BLE001 - nothing was committed, all are told, and the thread lives on
             with contextlib.suppress(sqlite3.Error):
@@ -432,6 +435,7 @@ class SqliteJournal:
                                 str(error), error.retry_after_s, self._known(db, job.entries, {})
                             )
             return error
+        reached("journal.after_commit")
         self.commits += 1
         with contextlib.suppress(sqlite3.Error):  # it is committed: a failure to look must not take that back
             self._used_bytes = self._measure(db)
@@ -827,7 +831,9 @@ def _trim_chunk(
         )
         db.execute(_MOVE, (sink, cut))
         moved[sink] = (cut, len(behind), sum(new for _, new in counted))
+    reached("journal.before_trim")
     db.execute("DELETE FROM entry WHERE offset <= ?", (cut,))
+    reached("journal.after_trim")
     return n, moved
 
 

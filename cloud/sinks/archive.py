@@ -48,6 +48,7 @@ from cloud.sinks.contract import (
     StoreChanged,
 )
 from config.cloud import Archive
+from config.failpoint import reached
 from sync.wire import Layout, layout_id
 
 if TYPE_CHECKING:
@@ -368,11 +369,14 @@ class Table:
         with self._foreign():
             actions: list[AddAction] = []
             for file in files:
+                reached("archive.before_put")
                 self._store.put(self.name, file.path, file.data)
+                reached("archive.after_put")
                 actions.append(AddAction(
                     path=file.path, size=len(file.data), partition_values=file.partition,
                     modification_time=time.time_ns() // 1_000_000, data_change=True, stats=file.stats,
                 ))  # fmt: skip
+            reached("archive.before_commit")
             self._opened.create_write_transaction(
                 list(actions),
                 "append",
@@ -380,8 +384,10 @@ class Table:
                 list(PARTITION),
                 commit_properties=CommitProperties(app_transactions=marks),
             )
+            reached("archive.after_commit")
             self._opened.update_incremental()  # else the next commit would take this one for another writer's
             self._store.settle(self.name)
+        reached("archive.after_settle")
         self.complete_to = complete_to
         self.late_to = late_to
 
@@ -451,12 +457,14 @@ class Table:
     def compact(self) -> None:
         """Joins small files. Readers see the same rows throughout."""
         with self._foreign():
+            reached("archive.before_compact")
             done = self._opened.optimize.compact(
                 target_size=FILE_BYTES,
                 max_concurrent_tasks=1,
                 writer_properties=_joined_properties(self._schema),
             )
             self._store.settle(self.name)
+        reached("archive.after_compact")
         if done["numFilesRemoved"]:
             log.info("archive: %s: %s files joined to %s",
                      self.name, done["numFilesRemoved"], done["numFilesAdded"])  # fmt: skip

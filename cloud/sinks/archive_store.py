@@ -17,6 +17,8 @@ from urllib.parse import unquote
 
 import msgspec
 
+from config.failpoint import reached
+
 log = logging.getLogger(__name__)
 
 LOG_FOLDER: Final = "_delta_log"
@@ -73,6 +75,7 @@ class FolderStore:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            reached("archive_store.before_rename")
             temporary.rename(target)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -57,6 +57,7 @@ from cloud.sinks.line_protocol import (
     stored_at,
 )
 from config.cloud import InfluxDB
+from config.failpoint import reached
 from drivers.contract import Reason
 from sync.identity import IdentityError, is_loopback, read_secret
 
@@ -269,6 +270,7 @@ class InfluxSink:
     @staticmethod
     def _finish(call: _Call, posted: Future[Refusal | None], chunk: range) -> None:
         refusal = posted.result()
+        reached("influxdb.after_post")
         if refusal is not None:
             call.narrow(chunk, refusal)
 
@@ -509,6 +511,7 @@ class _Server:
 
     def post(self, body: bytes) -> Refusal | None:
         """None: all of it is written. Raises `RetryLater`, `SinkBroken`, `_TimedOut`."""
+        reached("influxdb.before_post")
         if self._encoding == "gzip":
             body = gzip.compress(body, GZIP_LEVEL)
         return self._refused(

@@ -48,6 +48,7 @@ from drivers.contract import Reason, Value
 
 if TYPE_CHECKING:
     from alembic.config import Config
+from config.failpoint import reached
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,8 @@ class SqlSink(ABC):
             async with self._connection().begin() as conn:
                 await self._move_offset(conn, before, upto_offset)
                 await self._store(conn, records, rejected, rows, newest)
+                reached("sql.before_commit")
+            reached("sql.after_commit")
             self._offsets = {upto_offset}
         return Settled(tuple(sorted(rejected, key=lambda r: r.index)))
 
@@ -269,6 +272,7 @@ class SqlSink(ABC):
                             await self._registrar.register_gateway(conn, tenant, gateway, now_ns),
                         )
                     )
+            reached("sql.after_register")
             for record, known in made:
                 self._registrar.remember(record, known)
             for tenant, gateway, gateway_id in named:
@@ -348,7 +352,9 @@ class SqlSink(ABC):
         statements = self._statements
         if statements is None:
             raise StoreChanged(f"sink {self.name} is not open")
+        reached("sql.before_insert")
         await self.insert(conn, rows)
+        reached("sql.after_insert")
         last = [newest[point_id] for point_id in sorted(newest)]
         for at in range(0, len(last), ROWS_PER_STATEMENT):
             await conn.exec_driver_sql(statements.latest, last[at : at + ROWS_PER_STATEMENT])
