@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check format test nightly servers demo bench lock clean
+.PHONY: help setup check format test torture soak nightly servers demo bench lock clean
 
 BIN := .venv/bin
 RUN := $(BIN)/python
@@ -47,6 +47,18 @@ servers: setup ## bring the real servers that the tests need: found, pulled, ins
 test: setup ## every test, against real servers
 	-$(RUN) -m tests.servers
 	$(RUN) -m pytest --durations=10 $(PYTEST)
+
+# Each proof at full length; what it found goes to docs/reliability/, and the page is made from that.
+torture: setup ## every proof of the promise, at full length (hours), and the page of what they found
+	-$(RUN) -m tests.servers
+	$(RUN) -m tests.torture.run
+
+# Random faults on the whole system, for as long as told:  make soak HOURS=24
+HOURS ?= 1
+soak: setup ## the whole system under random faults for HOURS, its memory and its account watched
+	-$(RUN) -m tests.servers
+	$(RUN) -m tests.torture.soak --hours $(HOURS) --record
+	$(RUN) -m tests.torture.page
 
 # The sizes that the tests take from the environment, each at its full length. FUZZ=100000 make nightly is a shorter one.
 FUZZ ?= 10000000

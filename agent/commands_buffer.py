@@ -66,7 +66,8 @@ def buffer(context: click.Context, file: Path, state_dir: Path | None, *, as_jso
 def export(place: _Place, target: Path) -> None:
     """Write what waits into TARGET (a new file, or a folder), to be carried to the cloud by hand.
 
-    There: headgate-cloud import TARGET. Nothing is taken out of the buffer: what the cloud has already is told apart there. The agent may run meanwhile.
+    There: headgate-cloud import TARGET. Nothing is taken out of the buffer: what the cloud has already is told apart
+    there. The agent may run meanwhile.
     """
     from importlib.metadata import version
 
