@@ -18,6 +18,8 @@ Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
 Days: TypeAlias = Annotated[float, Meta(ge=0, le=36500)]
+Rate: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
+SinkName: TypeAlias = Literal["embedded", "archive", "influxdb", "mysql"]
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86400)]
 
 
@@ -55,6 +57,9 @@ class Gateway(_Strict, frozen=True, kw_only=True):
     name: Name
     token_file: Text | None = None
     token_env: Text | None = None
+    readings_per_s: Rate | None = None  #: its quota, where it is not that of [limits]
+    batches_per_s: Rate | None = None
+    mb_per_s: Rate | None = None
 
 
 class JournalSettings(_Strict, frozen=True, kw_only=True):
@@ -63,6 +68,7 @@ class JournalSettings(_Strict, frozen=True, kw_only=True):
     keep_hours: Annotated[float, Meta(ge=0, le=87600)] = 72.0  #: after every sink is past it, for replay
     commit_interval_ms: Annotated[float, Meta(ge=0, le=1000)] = 5.0  #: how long a group may wait for company
     free_disk_mb: Annotated[int, Meta(ge=0, le=16_777_216)] = 128
+    required_sinks: list[SinkName] | None = None  #: whom a trim waits for; every enabled one where not set
 
 
 class Embedded(_Strict, frozen=True, kw_only=True):
@@ -121,6 +127,14 @@ class Limits(_Strict, frozen=True, kw_only=True):
         4_096  #: batches between the doors and the journal
     )
     memory_mb: Annotated[int, Meta(ge=128, le=1_048_576)] = 512
+    # Quotas; 0: without limit. The defaults let a day of backlog at 100 readings/s through in 20 s.
+    gateway_readings_per_s: Rate = 500_000.0
+    gateway_batches_per_s: Rate = 5_000.0
+    gateway_mb_per_s: Rate = 32.0
+    tenant_readings_per_s: Rate = 0.0
+    tenant_batches_per_s: Rate = 0.0
+    tenant_mb_per_s: Rate = 0.0
+    quota_burst_s: Annotated[float, Meta(ge=1, le=3600)] = 10.0  #: how many seconds' worth may come at once
 
 
 class Cloud(_Strict, frozen=True, kw_only=True):
@@ -203,7 +217,31 @@ def conflicts(config: Cloud) -> list[Conflict]:
             "embedded.enabled",
             "no sink is left: the journal would fill and then refuse everything; enable one",
         )
+    enabled = sinks(config)
+    required = config.journal.required_sinks
+    if required is not None:
+        for name in required:
+            if enabled and name not in enabled:
+                wrong(
+                    "journal.required_sinks", f"{name} is not enabled here; enabled are {', '.join(enabled)}"
+                )
+        if not required:
+            wrong(
+                "journal.required_sinks",
+                "is empty: readings would be trimmed before any sink had them; name one, or leave it out",
+            )
     return found
+
+
+def sinks(config: Cloud) -> list[SinkName]:
+    """Those that are enabled."""
+    there: list[tuple[SinkName, bool]] = [
+        ("embedded", config.embedded.enabled),
+        ("archive", config.archive.enabled),
+        ("influxdb", config.influxdb is not None),
+        ("mysql", config.mysql is not None),
+    ]
+    return [name for name, enabled in there if enabled]
 
 
 def _refuse_plaintext(wrong: Callable[[str, str], None], path: str, url: str) -> None:

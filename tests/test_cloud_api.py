@@ -557,7 +557,15 @@ def test_verify_counts_every_sink_against_the_journal(server: Running) -> None:
     assert verdict["trouble"] == []
     frames = SCANS + 6
     assert verdict["frames"] == [
-        {"gateway": NAME, "received": 2 * frames, "duplicate": frames, "journaled": frames}
+        {
+            "gateway": NAME,
+            "received": 2 * frames,
+            "duplicate": frames,
+            "journaled": frames,
+            "absent": 0,
+            "missing": 0,
+            "holes": [],
+        }
     ]
     readings = SCANS * 4 + 4
     assert [(a["sink"], a["journaled"], a["stored"], a["pending"], a["ok"]) for a in verdict["sinks"]] == [

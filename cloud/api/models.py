@@ -73,6 +73,8 @@ class Reading:
     reason: str | None
     clock_synchronized: bool
     received_at: str
+    earliest: str | None = None  #: where `taken_at` is an estimate: no earlier than this, as far as it is known
+    latest: str | None = None  #: ... and no later (from the archive; the other stores do not keep them)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +188,44 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class SinkReplayRequest:
+    """What a sink is to be given once more: all that was received at from_ns <= t < to_ns (0: no end)."""
+
+    sink: str
+    from_ns: int
+    to_ns: int = 0
+    gateway: str | None = None
+    dry_run: bool = False
+    wait_s: float = 3000.0  #: for the sink to catch up; it goes on without
+
+
+@dataclass(frozen=True, slots=True)
+class SinkReplay:
+    """What a sink was given, or with `dry_run` would be."""
+
+    sink: str
+    dry_run: bool
+    journal_batches: int
+    journal_readings: int  #: in these
+    archive_readings: int  #: received before what the journal holds
+    corrected_readings: int  #: whose time was an estimate and is known by now
+    left: int  #: batches that the sink is not through yet
+    took_s: float
+    note: str = ""  #: what cannot be given
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
     dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Seqs of an epoch that the journal never held."""
+
+    epoch: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +236,17 @@ class FrameAccount:
     received: int
     duplicate: int
     journaled: int
+    absent: int = (
+        0  #: between others of their epoch, never came, reported by no gap: still at the gateway, or gone
+    )
+    missing: int = 0  #: the absent, where the gateway says that it holds nothing more
+    holes: list[Hole] = field(default_factory=list)  #: the first of the absent
 
 
 @dataclass(frozen=True, slots=True)
 class SinkAccount:
-    """journaled = stored + dead + pending + expired + missing - doubled, in readings; give or take `guessed`."""
+    """journaled = stored + dead + pending + expired + missed + missing - doubled, in readings; give or take
+    `guessed`."""
 
     gateway: str
     sink: str
@@ -215,6 +259,9 @@ class SinkAccount:
     missing: int
     doubled: int
     ok: bool
+    missed: int = (
+        0  #: trimmed from the journal before an optional or new sink had them; a replay gives them to it
+    )
 
 
 @dataclass(frozen=True, slots=True)

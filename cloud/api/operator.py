@@ -30,23 +30,29 @@ from cloud.api.models import (
     Gap,
     Gateway,
     Heartbeat,
+    Hole,
     Point,
     Reading,
     Refusal,
     Replay,
     Selection,
     SinkAccount,
+    SinkReplay,
+    SinkReplayRequest,
     Store,
     Taken,
     Value,
     Verdict,
 )
 from cloud.api.times import iso
+from cloud.clocks import Clocks
 from cloud.dead_letters import DeadLetters, DeadLettersError, Letter
 from cloud.decode import Decoder
+from cloud.health import nothing_left
 from cloud.intake import Arrival, Intake
 from cloud.intake import Verdict as IntakeVerdict
-from cloud.journal.contract import JournalError, Stored
+from cloud.intervals import IntervalSet, coalesce
+from cloud.journal.contract import JournalError
 from cloud.metrics import Metrics
 from cloud.sinks.contract import GapRecord, RetryLater, ScanRecord, SinkError
 from cloud.skew import Skews
@@ -63,7 +69,7 @@ if TYPE_CHECKING:
 
 PAGE: Final = 1_000  #: readings per page: a few milliseconds of work between two looks at the doors
 MAX_LIMIT: Final = 10_000_000
-PENDING_BYTES: Final = 8 * 1024 * 1024  #: of the journal, read at once while counting what is pending
+SHOWN_HOLES: Final = 100  #: of a gateway
 NS_PER_DAY: Final = 86_400 * 10**9
 MAX_LETTERS: Final = 1_000  #: replayed or dropped per call
 
@@ -117,6 +123,7 @@ class Operator:
         runners: Sequence[SinkRunner] = (),
         mysql: Secret | None = None,
         intake: Intake | None = None,
+        clocks: Clocks | None = None,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -125,6 +132,7 @@ class Operator:
         self._mysql = mysql
         self._registries: dict[str, Registry] = {}
         self._intake = intake
+        self._clocks = clocks or Clocks()
         self._decoder = Decoder(Skews(round(config.limits.skew_alarm_s * 1e9)))
 
     async def close(self) -> None:
@@ -292,6 +300,21 @@ class Operator:
             unknown += done.unknown
         return Replay(delivered, refused, unknown)
 
+    async def replay_sink(self, asked: SinkReplayRequest) -> SinkReplay:
+        """Gives a sink again what was received. Raises `NotNow`, `OperatorError`."""
+        from cloud.api.replays import ReplayError, ReplayLater, replay_sink
+
+        if self._journal is None or not self._runners:
+            raise OperatorError("a replay needs the running server: it has the sinks")
+        try:
+            return await replay_sink(
+                asked, self._config, self._journal, self._clocks, tuple(self._runners.values())
+            )
+        except ReplayLater as err:
+            raise NotNow(str(err), 5.0) from err
+        except ReplayError as err:
+            raise OperatorError(str(err)) from err
+
     async def drop(self, selection: Selection) -> int:
         """Removes letters for good; how many there were."""
         return await self._dead_letters.drop(await self._selected(selection))
@@ -344,12 +367,7 @@ class Operator:
         """Counts, and holds the counts against each other. Raises `OperatorError`."""
         if self._journal is None:
             raise OperatorError("the journal is not here")
-        frames = [
-            FrameAccount(
-                c.gateway, c.frames_received, c.frames_duplicate, c.frames_received - c.frames_duplicate
-            )
-            for c in await self._journal.counts()
-        ]
+        frames = await self._frame_accounts(self._journal)
         accounts: list[SinkAccount] = []
         trouble: list[str] = []
         for sink, tally in self._tallies().items():
@@ -357,8 +375,31 @@ class Operator:
                 accounts += await self._account(sink, tally)
             except (OperatorError, SinkError, IdentityError, JournalError, DeadLettersError) as err:
                 trouble.append(f"{sink}: {err}")
-        ok = not trouble and all(account.ok for account in accounts)
+        ok = not trouble and all(account.ok for account in accounts) and not any(f.missing for f in frames)
         return Verdict(ok, frames, accounts, trouble)
+
+    async def _frame_accounts(self, journal: SqliteJournal) -> list[FrameAccount]:
+        """With the seqs that never came, less those that gateways have reported as lost."""
+        gaps: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        registry = self._sql()
+        if registry is not None:
+            with contextlib.suppress(NotNow), _asking():
+                gaps = await registry.gap_ranges()
+        empty = {beat.gateway for beat in await journal.states() if nothing_left(_state_of(beat.state))}
+        holes: dict[str, list[Hole]] = defaultdict(list)
+        for hole in await journal.holes():
+            reported = IntervalSet(coalesce(gaps.get((hole.gateway, hole.epoch), ())))
+            holes[hole.gateway] += [
+                Hole(hole.epoch, *part) for part in reported.missing(hole.first, hole.last)
+            ]
+        accounts = []
+        for c in await journal.counts():
+            absent = sum(hole.last - hole.first + 1 for hole in holes[c.gateway])
+            accounts.append(FrameAccount(
+                c.gateway, c.frames_received, c.frames_duplicate, c.frames_received - c.frames_duplicate,
+                absent, absent if c.gateway in empty else 0, holes[c.gateway][:SHOWN_HOLES],
+            ))  # fmt: skip
+        return accounts
 
     async def _account(
         self, sink: str, tally: Callable[[], Awaitable[Mapping[str, int]]]
@@ -371,18 +412,23 @@ class Operator:
                 dead[row.gateway] += row.readings + row.dropped_readings
         guessed = await self._guessed(sink)
         expirable = await self._expirable(sink)
+        journal = self._journal
+        assert journal is not None  # noqa: S101 - verify looked
+        refused = await journal.expired(sink)
+        lost = {row.gateway: row.readings for row in await journal.missed() if row.sink == sink}
         after = await self._settled(sink)
         accounts: list[SinkAccount] = []
         for gateway in sorted({*before.journaled, *after.journaled, *stored}):
             held = stored.get(gateway, 0) + dead[gateway]
             low, high, slack = before.past(gateway), after.past(gateway), guessed[gateway]
             missing, doubled = max(0, low - held - slack), max(0, held - high - slack)
-            expired = min(missing, expirable.get(gateway, 0))
-            missing -= expired
+            expired = min(missing, max(expirable.get(gateway, 0), refused.get(gateway, 0)))
+            missed = min(missing - expired, lost.get(gateway, 0))
+            missing -= expired + missed
             accounts.append(SinkAccount(
                 gateway=gateway, sink=sink, journaled=after.journaled[gateway], stored=stored.get(gateway, 0),
                 dead=dead[gateway], guessed=slack, pending=after.pending[gateway], expired=expired, missing=missing,
-                doubled=doubled, ok=not missing and not doubled,
+                doubled=doubled, ok=not missing and not doubled, missed=missed,
             ))  # fmt: skip
         return accounts
 
@@ -409,17 +455,7 @@ class Operator:
             if (await journal.state()).last_offset == last:
                 break
             await asyncio.sleep(0)
-        pending: Counter[str] = Counter()
-        at = await journal.cursor(sink)
-        while at < last:
-            entries = await journal.read(at, max_entries=4096, max_bytes=PENDING_BYTES)
-            for entry in entries:
-                if entry.offset <= last:
-                    pending[entry.gateway] += _fresh_readings(entry)
-            if not entries:
-                break
-            at = entries[-1].offset
-        return _Settled(journaled, pending)
+        return _Settled(journaled, Counter(await journal.pending(await journal.cursor(sink), last)))
 
     def _tallies(self) -> dict[str, Callable[[], Awaitable[Mapping[str, int]]]]:
         config = self._config
@@ -617,18 +653,15 @@ def _checked_name(gateway: str) -> str:
         raise OperatorError(str(err)) from err
 
 
-def _fresh_readings(entry: Stored) -> int:
-    """As the journal counts them: evenly spread over the entry's frames."""
-    new = sum(last - first + 1 for first, last in entry.fresh)
-    return entry.readings * new // (entry.last - entry.first + 1)
+def _state_of(state: bytes) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(state, type=dict[str, object])
+    except msgspec.DecodeError:
+        return {}
 
 
 def _heartbeat(received_at_ns: int, state: bytes) -> Heartbeat:
-    try:
-        decoded = msgspec.json.decode(state, type=dict[str, object])
-    except msgspec.DecodeError:
-        decoded = {}
-    return Heartbeat(iso(received_at_ns), received_at_ns, decoded)
+    return Heartbeat(iso(received_at_ns), received_at_ns, _state_of(state))
 
 
 def _letter(letter: Letter) -> DeadLetter:
@@ -670,6 +703,7 @@ def _from_archive(gateway: str, row: Row) -> Reading:
     return Reading(
         gateway, row.device, row.point, row.unit, row.type, iso(row.taken_at_ns), row.taken_at_ns, value, row.quality,
         row.reason, row.clock_synchronized, iso(row.received_at_us * 1000),
+        iso(row.earliest_ns) if row.earliest_ns else None, iso(row.latest_ns) if row.latest_ns else None,
     )  # fmt: skip
 
 
