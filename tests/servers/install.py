@@ -271,6 +271,11 @@ def _apt_install(packages: Sequence[str], *, unit: str | None = None) -> None:
             )
 
 
+def install_packages(packages: Sequence[str]) -> None:
+    """For what a test needs beside servers, such as a compiler. Raises `InstallError` with the line to type."""
+    _apt_install(packages)
+
+
 # ---------------------------------------------------------------------------------------- toolchains
 
 
