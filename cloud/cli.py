@@ -24,6 +24,10 @@ ELSEWHERE: Final = {
     ),
     "dead-letters": ("cloud.commands_dead_letters", "What a sink refused: list, show, replay, drop."),
     "import": ("cloud.commands_import", "Take in what a gateway exported to a file."),
+    "replay": (
+        "cloud.commands_replay",
+        "Give a sink again what was received, with the best times known by now.",
+    ),
     "verify": ("cloud.commands_verify", "Check that what was received is in every sink."),
 }
 

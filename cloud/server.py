@@ -21,6 +21,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,13 +31,17 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from cloud.accounting import NOT_YET, Accounting
+from cloud.clocks import FILE as CLOCKS_FILE
+from cloud.clocks import Clocks
 from cloud.dead_letters import DeadLetters, DeadLettersError
+from cloud.health import GatewayView, Problem, SinkView, View, codes_in, heartbeat_of, problems
 from cloud.http import Credentials, HttpDoor
 from cloud.intake import Intake
 from cloud.journal.contract import JournalError
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
+from cloud.quotas import Quota, Quotas
 from cloud.runner import SinkRunner
 from cloud.sinks.contract import Sink
 from cloud.skew import Skews
@@ -57,6 +62,7 @@ PRESSURE_INTERVAL_S: Final = 5.0
 PRESSURE_AT: Final = 0.85  #: of the journal's capacity: trim at once, whatever `keep_hours` says
 TRIM_TO: Final = 0.75
 ACCOUNT_INTERVAL_S: Final = 3600.0
+SKEW_SHOWN_S: Final = 60.0  #: after its last batch of the future a gateway's clock is taken for set
 ACCOUNT_FIRST_S: Final = 60.0  #: after the start: the sinks are up by then
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
@@ -80,6 +86,7 @@ class Services:
     guard: SeriesGuard
     skews: Skews
     metrics: Metrics
+    clocks: Clocks
     on_close: contextlib.AsyncExitStack  #: closed after the doors and the sinks, before the journal
 
 
@@ -95,6 +102,10 @@ class CloudServer:
         self._trimmed = 0
         self._accounting: Accounting | None = None
         self._mqtt: MqttDoor | None = None
+        self._intake: Intake | None = None
+        self._skewed_s: dict[
+            str, tuple[int, float]
+        ] = {}  # by gateway: batches counted, and when there was a new one
 
     def stop(self) -> None:
         self._stop.set()
@@ -122,12 +133,22 @@ class CloudServer:
             guard = SeriesGuard(data_dir / "series.db", per_hour=config.limits.new_series_per_hour)
             stack.push_async_callback(guard.close)
             skews = Skews(round(config.limits.skew_alarm_s * 1e9))
+            clocks = Clocks(data_dir / CLOCKS_FILE)
+            await clocks.open()
+            stack.push_async_callback(clocks.close)
             runners = tuple(
-                SinkRunner(sink, journal, dead_letters, guard=guard, skews=skews)
+                SinkRunner(
+                    sink,
+                    journal,
+                    dead_letters,
+                    guard=guard,
+                    skews=skews,
+                    archived=config.archive.enabled and sink.name != "archive",
+                )
                 for sink in build_sinks(config, secrets)
             )
             services = Services(
-                config, secrets, journal, dead_letters, runners, guard, skews, self.metrics, stack
+                config, secrets, journal, dead_letters, runners, guard, skews, self.metrics, clocks, stack
             )
             await self._serve(services)
 
@@ -140,7 +161,9 @@ class CloudServer:
             max_inflight=config.limits.max_inflight,
             # A quarter of what the process may take: the journal's queue, the doors and the sinks have theirs.
             max_inflight_bytes=config.limits.memory_mb * MIB // 4,
+            quotas=quotas_of(config),
         )
+        self._intake = intake
         door = HttpDoor(
             intake, Credentials(services.secrets.gateways), self.metrics, self._application(services)
         )
@@ -248,10 +271,13 @@ class CloudServer:
         hourly = only_above == 1.0
         if not hourly and journal.used_bytes < journal.capacity_bytes * only_above:
             return
+        names = [runner.sink.name for runner in services.runners]
+        required = self.config.journal.required_sinks
         removed = await journal.trim(
-            [runner.sink.name for runner in services.runners],
+            [name for name in names if required is None or name in required],
             keep_s=self.config.journal.keep_hours * 3600,
             max_bytes=int(journal.capacity_bytes * TRIM_TO),
+            optional=[name for name in names if required is not None and name not in required],
         )
         self._trimmed += removed
         if removed:
@@ -291,6 +317,51 @@ class CloudServer:
             importlib.import_module("cloud.api.routes").mount(app, services)
         return app
 
+    async def _view(self, services: Services) -> View:
+        """What `cloud.health` judges, as it is now."""
+        journal, now_s = services.journal, time.monotonic()
+        required = self.config.journal.required_sinks
+        lost: Counter[str] = Counter()
+        for row in await journal.missed():
+            lost[row.sink] += row.readings
+        states = [await runner.state() for runner in services.runners]
+        over = set(self._intake.quotas.over(now_s)) if self._intake is not None else set()
+        beats = {beat.gateway: beat for beat in await journal.states()}
+        for name, batches in services.skews.batches.items():
+            if batches != self._skewed_s.get(name, (0, 0.0))[0]:
+                self._skewed_s[name] = (batches, now_s)
+        accounts = self._accounting.last if self._accounting is not None else NOT_YET
+        mqtt = self._mqtt
+        return View(
+            journal_full=journal.full,
+            journal_broken=journal.broken or "",
+            journal_share=journal.used_bytes / journal.capacity_bytes,
+            disk_free_bytes=journal.free_disk_bytes,
+            disk_floor_bytes=journal.floor_bytes,
+            broker=None if mqtt is None or mqtt.connected else mqtt.trouble,
+            sinks=[
+                SinkView(
+                    s.name, s.word, s.error, s.lag_s, lost[s.name], required is None or s.name in required
+                )
+                for s in states
+            ],
+            gateways=[
+                GatewayView(
+                    name,
+                    (time.time_ns() - beats[name].received_at_ns) / 1e9 if name in beats else None,
+                    name in over,
+                    codes_in(heartbeat_of(beats[name].state)) if name in beats else (),
+                )
+                for name in sorted({*beats, *over})
+            ],
+            skewed=[
+                name for name, (_, at_s) in sorted(self._skewed_s.items()) if now_s - at_s < SKEW_SHOWN_S
+            ],
+            account_open=[f"{row.gateway} in {row.sink}" for row in accounts.rows if not row.ok],
+            holes=[frames.gateway for frames in accounts.frames if frames.missing],
+            letters_dropped=(await services.dead_letters.state()).dropped,
+        )
+
     async def _ready(self, services: Services) -> Ready:
         trouble = services.journal.trouble
         sinks = [
@@ -304,11 +375,13 @@ class CloudServer:
             journal="ok" if trouble is None else trouble,
             mqtt=mqtt,
             sinks=sinks,
+            problems=problems(await self._view(services)),
         )
 
     async def _gauges(self, services: Services) -> Gauges:
         journal = services.journal
         state = await journal.state()
+        view = await self._view(services)
         oldest_s = (
             0.0 if state.oldest_received_at_ns is None else time.time() - state.oldest_received_at_ns / 1e9
         )
@@ -330,6 +403,13 @@ class CloudServer:
             new_series_refused=tuple(sorted(services.guard.refused_total.items())),
             skewed_batches=tuple(sorted(services.skews.batches.items())),
             accounts=self._accounting.last if self._accounting is not None else NOT_YET,
+            problems=tuple(problem.code for problem in problems(view)),
+            gateway_problems=tuple((g.name, code) for g in view.gateways for code in g.problems),
+            missed=tuple((row.sink, row.gateway, row.readings) for row in await journal.missed()),
+            quota_refused=tuple(sorted(self._intake.quotas.refused.items()))
+            if self._intake is not None
+            else (),
+            gaps=self._accounting.last.gaps if self._accounting is not None else (),
         )
 
 
@@ -348,6 +428,7 @@ class Ready(msgspec.Struct, frozen=True):
     journal: str
     mqtt: str | None
     sinks: list[SinkReady]
+    problems: list[Problem] = []  #: all that is wrong, the gravest first (`cloud.health`)
 
 
 async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:
@@ -374,6 +455,24 @@ def _accounting(services: Services) -> Accounting:
     )  # fmt: skip
     services.on_close.push_async_callback(operator.close)
     return Accounting(operator)
+
+
+def quotas_of(config: Cloud) -> Quotas:
+    """As the configuration sets them: by [[gateway]] where it says so, else by [limits]."""
+    limits = config.limits
+    usual = Quota(limits.gateway_readings_per_s, limits.gateway_batches_per_s, limits.gateway_mb_per_s * 1e6)
+    own = {}
+    for gateway in config.gateway:
+        readings, batches, mb = gateway.readings_per_s, gateway.batches_per_s, gateway.mb_per_s
+        quota = Quota(
+            usual.readings_per_s if readings is None else readings,
+            usual.batches_per_s if batches is None else batches,
+            usual.bytes_per_s if mb is None else mb * 1e6,
+        )
+        if quota != usual:
+            own[f"{gateway.tenant}/{gateway.name}"] = quota
+    tenant = Quota(limits.tenant_readings_per_s, limits.tenant_batches_per_s, limits.tenant_mb_per_s * 1e6)
+    return Quotas(usual, tenant, burst_s=limits.quota_burst_s, own=own)
 
 
 def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:

@@ -73,7 +73,9 @@ class Reading:
     reason: str | None
     clock_synchronized: bool
     received_at: str
-    earliest: str | None = None  #: where `taken_at` is an estimate: no earlier than this, as far as it is known
+    earliest: str | None = (
+        None  #: where `taken_at` is an estimate: no earlier than this, as far as it is known
+    )
     latest: str | None = None  #: ... and no later (from the archive; the other stores do not keep them)
 
 

@@ -63,7 +63,7 @@ from sync.wire import Ack, Head, WireError, claimed, open_head
 
 if TYPE_CHECKING:
     from cloud.journal.sqlite import SqliteJournal
-    from cloud.registry import GatewayRow, Key, ReadingRow, Registry
+    from cloud.registry import GapTally, GatewayRow, Key, ReadingRow, Registry
     from cloud.runner import SinkRunner
     from cloud.sinks.archive_reader import ArchiveReader, Row
 
@@ -377,6 +377,25 @@ class Operator:
                 trouble.append(f"{sink}: {err}")
         ok = not trouble and all(account.ok for account in accounts) and not any(f.missing for f in frames)
         return Verdict(ok, frames, accounts, trouble)
+
+    async def gap_tally(self) -> list[GapTally]:
+        """What gateways have reported as lost, by reason and priority; nothing where no SQL store is enabled."""
+        registry = self._sql()
+        if registry is None:
+            return []
+        with contextlib.suppress(NotNow), _asking():
+            return await registry.gap_tally()
+        return []
+
+    async def settle_missed(self, rows: Sequence[SinkAccount]) -> None:
+        """What a sink had missed and a replay has given to it is missed no longer."""
+        journal = self._journal
+        if journal is None:
+            return
+        whole = {(row.sink, row.gateway) for row in rows if row.ok and not row.missed}
+        for missed in await journal.missed():
+            if (missed.sink, missed.gateway) in whole:
+                await journal.forget_missed(missed.sink, missed.gateway)
 
     async def _frame_accounts(self, journal: SqliteJournal) -> list[FrameAccount]:
         """With the seqs that never came, less those that gateways have reported as lost."""

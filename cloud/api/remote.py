@@ -23,6 +23,8 @@ from cloud.api.models import (
     ReadingsPage,
     Replay,
     Selection,
+    SinkReplay,
+    SinkReplayRequest,
     Taken,
     Verdict,
 )
@@ -96,6 +98,9 @@ class Remote:
     async def replay(self, selection: Selection) -> Replay:
         return await self._post("/dead-letters/replay", selection, Replay)
 
+    async def replay_sink(self, asked: SinkReplayRequest) -> SinkReplay:
+        return await self._post("/replay", asked, SinkReplay, timeout_s=asked.wait_s + VERIFY_TIMEOUT_S)
+
     async def drop(self, selection: Selection) -> int:
         return (await self._post("/dead-letters/drop", selection, Dropped)).dropped
 
@@ -121,10 +126,15 @@ class Remote:
             answer = await self._client.get(path, params=_given(parameters), timeout=timeout)
         return self._decoded(answer, kind)
 
-    async def _post(self, path: str, body: object, kind: type[T]) -> T:
+    async def _post(
+        self, path: str, body: object, kind: type[T], *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> T:
         with _Translated(self._url):
             answer = await self._client.post(
-                path, content=msgspec.json.encode(body), headers={"Content-Type": "application/json"}
+                path,
+                content=msgspec.json.encode(body),
+                headers={"Content-Type": "application/json"},
+                timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             )
         return self._decoded(answer, kind)
 

@@ -121,6 +121,7 @@ def router(operator: Operator, token: Secret | None) -> APIRouter:
     _add_gateways(api, operator)
     _add_readings(api, operator)
     _add_dead_letters(api, operator)
+    _add_replay(api, operator)
     _add_import(api, operator)
 
     @api.get("/verify", summary="The accounting identity, counted", response_model=models.Verdict)
@@ -218,6 +219,15 @@ def _add_readings(api: APIRouter, operator: Operator) -> None:
                 formats.as_arrow(aiter(primed)), media_type=formats.ARROW_TYPE, headers=disposition
             )
         return StreamingResponse(formats.as_json(aiter(primed), primed), media_type=formats.JSON_TYPE)
+
+
+def _add_replay(api: APIRouter, operator: Operator) -> None:
+    @api.post("/replay", summary="Give a sink again what was received", response_model=models.SinkReplay)
+    async def replay_sink(asked: models.SinkReplayRequest) -> Response:
+        """From the journal and, for what that no longer holds, from the archive. What the sink has already stays as it
+        is; readings whose time was an estimate and is known by now are moved to it. Answers once the sink is through,
+        or after `wait_s`: it then goes on by itself."""
+        return _json(await operator.replay_sink(asked))
 
 
 def _add_dead_letters(api: APIRouter, operator: Operator) -> None:
