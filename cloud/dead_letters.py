@@ -25,6 +25,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from cloud.journal.contract import Stored
+from config.failpoint import reached
 
 MAX_LETTERS: Final = 100_000
 MAX_BYTES: Final = 256 * 1024 * 1024
@@ -71,7 +72,6 @@ CREATE TABLE dropped (
     PRIMARY KEY (sink, gateway)
 ) WITHOUT ROWID;
 """
-from config.failpoint import reached
 
 T = TypeVar("T")
 
