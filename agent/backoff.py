@@ -11,10 +11,11 @@ import random
 _LARGEST_EXPONENT = 32  #: 2**32 times any sensible minimum is above any sensible maximum
 
 
-def full_jitter(attempt: int, min_s: float, max_s: float, rng: random.Random) -> float:
-    """Seconds to wait before try `attempt` (0 for the first retry): uniform in 0..min(max_s, min_s * 2**attempt)."""
+def full_jitter(attempt: int, min_s: float, max_s: float, rng: random.Random, spread_s: float = 0.0) -> float:
+    """Seconds to wait before try `attempt` (0 for the first retry): uniform in 0..min(max_s, min_s * 2**attempt), or
+    in 0..`spread_s` where that is longer (a large fleet's spread, told by the cloud)."""
     ceiling_s = min(max_s, min_s * 2.0 ** min(attempt, _LARGEST_EXPONENT))
-    return rng.uniform(0.0, ceiling_s)
+    return rng.uniform(0.0, max(ceiling_s, spread_s))
 
 
 class Backoff:
@@ -28,8 +29,8 @@ class Backoff:
         self._rng = rng
         self.attempt = 0
 
-    def next_s(self) -> float:
-        wait_s = full_jitter(self.attempt, self._min_s, self._max_s, self._rng)
+    def next_s(self, spread_s: float = 0.0) -> float:
+        wait_s = full_jitter(self.attempt, self._min_s, self._max_s, self._rng, spread_s)
         self.attempt += 1
         return wait_s
 

@@ -437,7 +437,7 @@ class Daemon:
         link = self.status.link
         while True:
             try:
-                uplink = uplink_of(self._config.uplink, self._name)
+                uplink = uplink_of(self._config.uplink, self._name, self._rng)
                 break
             except IdentityError as err:
                 if link.state is not LinkState.DOWN:

@@ -29,8 +29,10 @@ from agent.backoff import Backoff, full_jitter
 from agent.buffer import Buffer
 from agent.status import LinkHealth, LinkState
 from agent.store import Batch, Bounds
+from config.agent import Fallback
 from config.agent import Uplink as UplinkSettings
 from config.failpoint import reached
+from sync.failover import FailoverUplink
 from sync.identity import GatewayName, Secret, read_secret
 from sync.uplink import AckTimeout, BatchRefused, LinkDown, RetryLater, Uplink
 from sync.wire import Ack
@@ -52,6 +54,7 @@ _CLAIM: Final = 4  #: batches cut per transaction: one sync, and at most 1 MiB o
 _UNANSWERED_TRIES: Final = 5
 """In a row, while others were answered: a broker may drop what is too large for the cloud's side and never say so."""
 _LONGEST_WAIT_S: Final = 3600.0  #: whatever the cloud asks for (as sync.https bounds `Retry-After`)
+_LONGEST_SPREAD_S: Final = 600.0  #: whatever the cloud asks for
 _LATENCIES: Final = 256  #: acks over which p50 and p99 are told
 
 
@@ -108,6 +111,7 @@ class Forwarder:
         self._down_since_s: float | None = None
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._ask_at_s = 0.0
+        self._spread_s = 0.0  #: what the cloud has told last: a large fleet does not come back at once
         health.since_ns = time.time_ns()
 
     async def run(self) -> None:
@@ -125,7 +129,7 @@ class Forwarder:
                 finally:
                     self._buffer.live_room = 0
                     await self._uplink.close()
-                await asyncio.sleep(self._backoff.next_s())
+                await asyncio.sleep(self._backoff.next_s(self._spread_s))
         finally:
             self._buffer.on_live = None
 
@@ -384,6 +388,7 @@ class Forwarder:
         self._refusals = 0
         reached("forwarder.after_ack")
         self._buffer.settle(ack)
+        self._spread_s = min(max(0, ack.spread_s), _LONGEST_SPREAD_S)
         self._drops.pop(under_way.bounds, None)
         self._alone.pop(under_way.bounds, None)
         self._latencies.append(took_s)
@@ -479,19 +484,49 @@ class Forwarder:
             taken = sorted(self._latencies)
             self.health.ack_p50_ms = round(taken[len(taken) // 2] * 1000, 1)
             self.health.ack_p99_ms = round(taken[min(len(taken) - 1, len(taken) * 99 // 100)] * 1000, 1)
+        self.health.target = self._uplink.name
+        self.health.detour = self._uplink.detour if isinstance(self._uplink, FailoverUplink) else ""
         return self.health
 
 
-def uplink_of(settings: UplinkSettings, gateway: GatewayName) -> Uplink | None:
+def uplink_of(
+    settings: UplinkSettings, gateway: GatewayName, rng: random.Random | None = None
+) -> Uplink | None:
     """The configured uplink, or None for `kind = "none"`. Only its own library is imported. Raises `IdentityError`
     for a credential or an address that cannot be used."""
     if settings.kind == "none":
         return None
-    secret: Secret = read_secret("uplink", file=settings.token_file, env=settings.token_env)
+    first = _way(settings, gateway, "uplink")
+    other = settings.fallback
+    if other.kind == "none":
+        return first
+    second = msgspec.structs.replace(
+        settings,
+        kind=other.kind,
+        host=other.host,
+        port=other.port,
+        tls=other.tls,
+        ca_file=other.ca_file,
+        token_file=other.token_file,
+        token_env=other.token_env,
+        fallback=Fallback(),
+    )
+    return FailoverUplink(
+        first,
+        _way(second, gateway, "uplink.fallback"),
+        after_failures=other.after_failures,
+        return_s=other.return_s,
+        rng=rng or random.Random(),
+    )
+
+
+def _way(settings: UplinkSettings, gateway: GatewayName, place: str) -> Uplink:
+    secret: Secret = read_secret(place, file=settings.token_file, env=settings.token_env)
     if settings.kind == "mqtt":
         from sync.mqtt import MqttUplink
 
-        return MqttUplink(gateway, settings, secret)
+        # A session of its own: a second connection under the same client id would end the first.
+        return MqttUplink(gateway, settings, secret, session="" if place == "uplink" else ":2")
     from sync.https import HttpsUplink
 
     return HttpsUplink(gateway, settings, secret)

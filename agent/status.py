@@ -48,6 +48,7 @@ class LinkHealth(msgspec.Struct, kw_only=True):
     state: LinkState = LinkState.CONNECTING
     since_ns: int = 0  #: wall clock
     target: str = ""  #: "mqtt host:port"
+    detour: str = ""  #: why the second way is used; "" while it is not
     why: str = ""
     cause: str = ""  #: why, in one word (`sync.uplink.LinkDown`), while it is down
     in_flight: int = 0
@@ -280,14 +281,30 @@ def _buffer(buffer: BufferState) -> Sequence[Problem]:
 
 
 def _link(link: LinkHealth, now_ns: int) -> Sequence[Problem]:
-    if link.state in (LinkState.UP, LinkState.OFF):
+    if link.state is LinkState.OFF:
         return []
+    if link.state is LinkState.UP:
+        return _link_limits(link)
     for_long = _ago(link.since_ns, now_ns)
     if link.state is LinkState.CONNECTING and not link.why:
         return [Problem(f"link: not connected to {link.target} yet, for {for_long}", "", Code.LINK_DOWN)]
     return [Problem(f"link: no way to {link.target} for {for_long} ({link.why or 'no reason given'})",
                     "readings are kept in the buffer meanwhile; check network, host, port and credential",
                     _LINK_CODES.get(link.cause, Code.LINK_DOWN))]  # fmt: skip
+
+
+def _link_limits(link: LinkHealth) -> Sequence[Problem]:
+    """What is not as it should be with a link that works."""
+    found = []
+    if link.detour:
+        found.append(
+            Problem(
+                f"link: the second way, {link.target}, is used: {link.detour}",
+                "nothing is lost; see why the first way does not work: network, host, port, firewall",
+                Code.LINK_FALLBACK,
+            )
+        )
+    return found
 
 
 def _device(device: DeviceHealth, now_ns: int) -> Sequence[Problem]:

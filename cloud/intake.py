@@ -19,6 +19,7 @@ from typing import Final, Protocol
 import msgspec
 import zstandard
 
+from cloud.fleet import Fleet
 from cloud.intervals import coalesce
 from cloud.intervals import count as count_of
 from cloud.journal.contract import Entry, Journal, JournalError, JournalFull, Range
@@ -103,6 +104,7 @@ class Intake:
         self._share = max_inflight - max_inflight // 8
         self._share_bytes = max_inflight_bytes - max_inflight_bytes // 8
         self._under_way: dict[str, list[int]] = {}  # batches and bytes, by gateway
+        self._fleet = Fleet()
 
     async def accept(self, arrivals: Sequence[Arrival], *, door: str) -> list[Verdict]:
         """One answer per batch, in order, once what can be held is durably held. Never raises for what is in them."""
@@ -148,6 +150,7 @@ class Intake:
                 "identity",
                 f"the envelope names another gateway than {arrival.gateway}, which sent it",
             )
+        self._fleet.hear(arrival.gateway, now_s)
         own, own_bytes = self._under_way.get(arrival.gateway, _NOTHING)
         if (
             self.inflight + waiting >= self._max_inflight
@@ -188,7 +191,7 @@ class Intake:
             self.inflight -= len(entries)
             self.inflight_bytes -= size
             self._count_out(own)
-        cloud_ns = self._clock_ns()
+        cloud_ns, spread_s = self._clock_ns(), self._fleet.spread_s
         metrics = self._metrics
         verdicts = []
         reached("intake.after_append")
@@ -201,7 +204,7 @@ class Intake:
             else:
                 metrics.readings += entry.readings
                 metrics.duplicate_frames += frames - count_of(held.fresh)
-            ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns)
+            ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns, spread_s)
             verdicts.append(Verdict(entry.gateway, ack, held.offset is None))
         return verdicts
 
@@ -238,7 +241,7 @@ class Intake:
             metrics.frames += frames
             metrics.duplicate_batches += 1
             metrics.duplicate_frames += frames
-            ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns)
+            ack = Ack(entry.epoch, ((entry.first, entry.last),), cloud_ns, self._fleet.spread_s)
             verdicts[i] = Verdict(entry.gateway, ack, True)
         return verdicts
 
@@ -294,16 +297,17 @@ def busy(head: Head) -> Nack:
 def merge(verdicts: Iterable[Verdict]) -> dict[str, list[Reply]]:
     """The fewest replies that say the same, by gateway: one ack per epoch with coalesced ranges, and every nack."""
     acks: dict[tuple[str, int], list[Range]] = {}
-    latest: dict[tuple[str, int], int] = {}
+    latest: dict[tuple[str, int], Ack] = {}
     out: dict[str, list[Reply]] = {}
     for verdict in verdicts:
         reply = verdict.reply
         if isinstance(reply, Ack):
             key = (verdict.gateway, reply.epoch)
             acks.setdefault(key, []).extend(reply.ranges)
-            latest[key] = reply.cloud_ns
+            latest[key] = reply
         else:
             out.setdefault(verdict.gateway, []).append(reply)
     for (gateway, epoch), ranges in acks.items():
-        out.setdefault(gateway, []).append(Ack(epoch, coalesce(ranges), latest[gateway, epoch]))
+        last = latest[gateway, epoch]
+        out.setdefault(gateway, []).append(Ack(epoch, coalesce(ranges), last.cloud_ns, last.spread_s))
     return out

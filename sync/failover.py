@@ -220,7 +220,7 @@ class FailoverUplink:
             return
         if len(failures) == 1:
             raise failures[0]
-        raise LinkDown("; ".join(str(err) for err in failures)) from failures[0]
+        raise LinkDown("; ".join(str(err) for err in failures), failures[0].cause) from failures[0]
 
     async def send(self, batch: Sealed) -> Ack:
         way = self.preference.using
@@ -231,7 +231,9 @@ class FailoverUplink:
             ack = await self._ways[way].send(batch)
         except AckTimeout as err:
             if self.preference.unanswered(way, time.monotonic()):
-                raise LinkDown(f"{self._ways[way].name}: no answer for long; the other way is tried") from err
+                raise LinkDown(
+                    f"{self._ways[way].name}: no answer for long; the other way is tried", "silent"
+                ) from err
             raise
         except (RetryLater, BatchRefused):
             self._answered(way)

@@ -71,10 +71,12 @@ class MqttUplink:
         settings: UplinkSettings,
         secret: Secret,
         *,
+        session: str = "",
         on_command: Callable[[bytes], None] | None = None,
     ) -> None:
         """Raises `IdentityError` for plaintext to anywhere but loopback. `on_command` is called on the loop with what
-        comes on the `cmd` topic."""
+        comes on the `cmd` topic. `session` tells two uplinks of one gateway apart: a broker keeps one connection for
+        each client id."""
         require_private("uplink.host", settings.host, tls="on" if settings.tls else "off")
         self.port = settings.port or (TLS_PORT if settings.tls else PLAIN_PORT)
         self.name = f"mqtt {settings.host}:{self.port}"
@@ -82,6 +84,7 @@ class MqttUplink:
         self._gateway = gateway
         self._settings = settings
         self._secret = secret
+        self._session = session
         self._on_command = on_command
         self._client: paho.Client | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -206,7 +209,7 @@ class MqttUplink:
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             # ":" is in no tenant's or gateway's name, so no two names share a client id. (NATS refuses a ".".)
-            client_id=f"{self._gateway.tenant}:{self._gateway.gateway}",
+            client_id=f"{self._gateway.tenant}:{self._gateway.gateway}{self._session}",
             clean_session=None if v5 else True,
             protocol=self.protocol,
             reconnect_on_failure=False,

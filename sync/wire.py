@@ -165,6 +165,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     epoch: int
     ranges: tuple[tuple[int, int], ...]
     cloud_ns: int = 0  #: the cloud's wall clock, for reporting skew; 0 where not told
+    spread_s: int = 0  #: over how long the fleet shall spread its return when the way was lost
 
 
 class Nack(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -544,6 +545,8 @@ def wall_clock(clocks: Sequence[ClockRow]) -> dict[int, ClockRow]:
 
 def encode_reply(reply: Reply) -> bytes:
     """An ack or a nack as bytes: one version byte, then msgpack."""
+    if isinstance(reply, Ack) and not reply.spread_s:  # as small as it was before there was a spread
+        return bytes((VERSION << 4,)) + _encode((0, reply.epoch, reply.ranges, reply.cloud_ns))
     return bytes((VERSION << 4,)) + _encode(reply)
 
 

@@ -73,7 +73,7 @@ def examples() -> dict[str, object]:
             "last": 14,
             "bytes": sealed.payload.hex(),
         },
-        "ack": {"fields": msgspec.to_builtins(ack), "bytes": wire.encode_reply(ack).hex()},
+        "ack": {"fields": msgspec.to_builtins(ack)[:4], "bytes": wire.encode_reply(ack).hex()},
         "nack": {"fields": msgspec.to_builtins(nack), "bytes": wire.encode_reply(nack).hex()},
     }
 
