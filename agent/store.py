@@ -374,6 +374,8 @@ class Store:
 
     def _connect(self) -> None:
         """Open the file and load what is in it; raises `sqlite3.Error` and changes nothing of ours on failure."""
+        if not self.path.exists():
+            self._finish_setting_aside()
         fresh = not self.path.exists() or self.path.stat().st_size == 0
         conn = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         try:
@@ -402,6 +404,7 @@ class Store:
             conn.close()
             raise
         self._conn = conn
+        self._note_epoch()
         if self._doubtful is not None:
             group, epoch, next_seq = self._doubtful
             landed = self.ledger.epoch == epoch and self.ledger.next_seq == next_seq
@@ -460,6 +463,7 @@ class Store:
             led.recorded[batch[0]] = Recorded(*batch)
         newest = conn.execute("SELECT max(seq) FROM frames").fetchone()[0] or 0
         led.next_seq = max(led.next_seq, newest + 1)
+        self._check_ledger(led)
         clocks: dict[int, ClockRow] = {}
         marks: list[tuple[ClockRow, int]] = []
         for c in conn.execute(
@@ -492,9 +496,27 @@ class Store:
         self.parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
         self._look_at_oldest(conn)
 
+    def _check_ledger(self, led: Ledger) -> None:
+        """The ledger's row has no CRC, but its numbers check each other: every frame kept has used up one seq. A wrong
+        epoch or a seq used twice would cost readings in the cloud and nobody would know."""
+        noted = noted_account(self.path)
+        if noted is not None and noted.epoch != led.epoch:
+            raise sqlite3.DatabaseError("the ledger's epoch is not that of this file")
+        if led.next_seq != led.kept_frames + 1 or led.held_frames < 0 or led.held_readings < 0:
+            raise sqlite3.DatabaseError("the ledger's numbers contradict each other")
+
+    def _note_epoch(self) -> None:
+        """Beside the file, for the day when its ledger cannot be read: without the epoch no row could be sent again."""
+        with contextlib.suppress(OSError):
+            if noted_account(self.path) is None:
+                note_account(self.path, self.ledger, epoch_only=True)
+
     def _replace(self, why: str) -> None:
         """Set the damaged file aside and open a fresh one."""
         self._disconnect()
+        if self.ledger.epoch:
+            with contextlib.suppress(OSError):
+                note_account(self.path, self.ledger)
         reached("store.before_set_aside")
         aside = self._set_aside()
         reached("store.after_set_aside")
@@ -515,7 +537,7 @@ class Store:
             copy += 1
             name = f"{self.path.name}.damaged-{stamp}-{copy}"
         try:
-            for tail in ("", "-wal", "-shm"):
+            for tail in ("", *_TAILS):
                 with contextlib.suppress(FileNotFoundError):
                     self.path.with_name(self.path.name + tail).rename(self.path.with_name(name + tail))
                     reached("store.after_rename")
@@ -524,6 +546,21 @@ class Store:
                 f"the damaged buffer {self.path} cannot be set aside: {err.strerror}"
             ) from err
         return name
+
+    def _finish_setting_aside(self) -> None:
+        """Where that was cut short, the file has its new name and its companions do not: without them it lacks its
+        newest rows, and SQLite would delete a WAL that it finds beside a new file."""
+        aside = [p for p in sorted(self.path.parent.glob(f"{self.path.name}.damaged-*")) if is_set(p)]
+        with contextlib.suppress(OSError):
+            for tail in _TAILS:
+                left = self.path.with_name(self.path.name + tail)
+                if not left.exists():
+                    continue
+                target = aside[-1].with_name(aside[-1].name + tail) if aside else None
+                if target is None or target.exists():
+                    left.unlink()
+                else:
+                    left.rename(target)
 
     # --- the transaction ---
 
@@ -1227,6 +1264,57 @@ class Store:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
+
+
+TOLD: Final = ".told"  #: the end of the name of what salvage says of a damaged set when it is done with it
+NOTE: Final = ".epoch"  #: the end of the name of the note beside a buffer file
+_TAILS: Final = ("-wal", "-shm", NOTE)
+
+
+def is_set(path: Path) -> bool:
+    """Whether this is the file of a damaged set, and not what belongs to one."""
+    return not path.name.endswith((*_TAILS, TOLD, ".new"))
+
+
+class Account(msgspec.Struct, frozen=True):
+    """What a note or a ledger says of a file. Only the epoch is sure to be there; 0 is unknown for `next_seq`."""
+
+    epoch: int
+    next_seq: int = 0
+    kept_frames: int = 0
+    kept_readings: int = 0
+    settled_frames: int = 0
+    settled_readings: int = 0
+    gapped_frames: int = 0
+    gapped_readings: int = 0
+
+
+def noted_account(path: Path) -> Account | None:
+    """What was noted beside a buffer file; None where there is no note, or none that can be believed."""
+    try:
+        *numbers, crc = map(int, path.with_name(path.name + NOTE).read_text().split())
+        if crc == zlib.crc32(" ".join(map(str, numbers)).encode()) and 0 < numbers[0] <= MAX_EPOCH:
+            return Account(*numbers)
+    except (OSError, ValueError, IndexError, TypeError):
+        pass
+    return None
+
+
+def note_account(path: Path, led: Ledger, *, epoch_only: bool = False) -> None:
+    """Raises `OSError`."""
+    numbers = [led.epoch]
+    if not epoch_only:
+        numbers += [led.next_seq, led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings,
+                    led.gapped_frames, led.gapped_readings]  # fmt: skip
+    text = " ".join(map(str, numbers))
+    note = path.with_name(path.name + NOTE)
+    fresh = note.with_name(note.name + ".new")
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(f"{text} {zlib.crc32(text.encode())}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(note)
 
 
 def _boot(head: Head | None) -> int:
