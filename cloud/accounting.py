@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 if TYPE_CHECKING:
     from cloud.api.models import FrameAccount, SinkAccount, Verdict
+    from cloud.registry import GapTally
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ class Books(Protocol):
     """Who counts (`cloud.api.operator.Operator`)."""
 
     async def verify(self) -> Verdict: ...
+
+    async def gap_tally(self) -> list[GapTally]: ...
+
+    async def settle_missed(self, rows: Sequence[SinkAccount]) -> None:
+        """Forget what was missed and is there by now."""
 
 
 class Accounts(msgspec.Struct, frozen=True):
@@ -37,6 +43,7 @@ class Accounts(msgspec.Struct, frozen=True):
     unasked: int = 0  #: sinks that could not be asked
     frames: tuple[FrameAccount, ...] = ()  #: received = journaled + duplicate, by gateway
     rows: tuple[SinkAccount, ...] = ()  #: in readings, by gateway and sink
+    gaps: tuple[GapTally, ...] = ()  #: what gateways reported as lost, by reason and priority
 
 
 NOT_YET: Final = Accounts()
@@ -58,9 +65,24 @@ class Accounting:
         rows = [row for row in self.last.rows if row.sink not in answered] if verdict.trouble else []
         rows += verdict.sinks
         took_s = time.monotonic() - started_s
+        await self._books.settle_missed(verdict.sinks)
         self.last = Accounts(
-            self._clock_s(), took_s, verdict.ok, len(verdict.trouble), tuple(verdict.frames), tuple(rows)
+            self._clock_s(),
+            took_s,
+            verdict.ok,
+            len(verdict.trouble),
+            tuple(verdict.frames),
+            tuple(rows),
+            tuple(await self._books.gap_tally()),
         )
+        for frames in verdict.frames:
+            if frames.missing:
+                log.warning(
+                    "account of %s: %d frames never came, and the gateway holds nothing more: the first are %s",
+                    frames.gateway,
+                    frames.missing,
+                    "; ".join(f"{h.first}..{h.last}" for h in frames.holes[:5]),
+                )
         for row in verdict.sinks:
             if not row.ok:
                 log.warning(

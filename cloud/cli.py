@@ -28,6 +28,9 @@ ELSEWHERE: Final = {
         "cloud.commands_replay",
         "Give a sink again what was received, with the best times known by now.",
     ),
+    "backup": ("cloud.commands_backup", "Copy what this cloud keeps to a folder, while it runs."),
+    "restore": ("cloud.commands_backup", "Put a backup in place of what this cloud keeps."),
+    "status": ("cloud.commands_status", "What is wrong with the running cloud, and what to do about it."),
     "verify": ("cloud.commands_verify", "Check that what was received is in every sink."),
 }
 

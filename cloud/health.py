@@ -168,6 +168,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def heartbeat_of(state: bytes) -> object:
+    """What a gateway said, or None where that is no JSON."""
+    try:
+        return msgspec.json.decode(state)
+    except msgspec.DecodeError:
+        return None
+
+
 def codes_in(heartbeat: object) -> tuple[str, ...]:
     """The agent's own codes, as its heartbeat tells them: plain words, or records with a `code`. None is no fault: an
     agent of an older version tells none."""

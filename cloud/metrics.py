@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from cloud.api.models import FrameAccount, SinkAccount
+    from cloud.registry import GapTally
     from cloud.runner import SinkState
 
 LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -109,6 +110,11 @@ class Gauges:
     new_series_refused: tuple[tuple[str, int], ...] = ()  #: (gateway, readings), by every sink that asked
     skewed_batches: tuple[tuple[str, int], ...] = ()  #: (gateway, batches)
     accounts: Accounts = NOT_YET
+    problems: tuple[str, ...] = ()  #: codes of `cloud.health`
+    gateway_problems: tuple[tuple[str, str], ...] = ()  #: (gateway, the agent's code)
+    missed: tuple[tuple[str, str, int], ...] = ()  #: (sink, gateway, readings)
+    quota_refused: tuple[tuple[str, int], ...] = ()  #: (gateway, batches)
+    gaps: tuple[GapTally, ...] = ()
 
 
 def exposition(metrics: Metrics, gauges: Gauges) -> bytes:
@@ -219,6 +225,7 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
     by_gateway = [
         ("new_series_refused", "Readings to the dead letters for too many new series; each sink counts its own.",
          gauges.new_series_refused),
+        ("quota_refused_batches", "Batches of a gateway that was over its quota.", gauges.quota_refused),
         ("clock_skewed_batches", "Batches of a gateway whose clock was ahead by more than limits.skew_alarm_s.",
          gauges.skewed_batches),
     ]  # fmt: skip
@@ -227,11 +234,42 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
         for gateway, number in numbers:
             family.add_metric(gateway.split("/"), number)
         yield family
+    yield from _troubled(gauges)
     yield from _accounted(gauges.accounts)
 
 
+def _troubled(gauges: Gauges) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily("headgate_problem", "1 for each thing that is wrong now.", labels=["code"])
+    for code in gauges.problems:
+        family.add_metric([code], 1)
+    yield family
+    family = GaugeMetricFamily(
+        "headgate_gateway_problem", "1 for each thing that an agent says is wrong.",
+        labels=["tenant", "gateway", "code"],
+    )  # fmt: skip
+    for gateway, code in gauges.gateway_problems:
+        family.add_metric([*gateway.split("/", 1), code], 1)
+    yield family
+    family = GaugeMetricFamily(
+        "headgate_missed_readings", "Readings (at most) trimmed before the sink had them, and not replayed since.",
+        labels=["sink", "tenant", "gateway"],
+    )  # fmt: skip
+    for sink, gateway, readings in gauges.missed:
+        family.add_metric([sink, *gateway.split("/", 1)], readings)
+    yield family
+    family = GaugeMetricFamily(
+        "headgate_gap_readings", "Readings that a gateway reported as lost, at the last account.",
+        labels=["tenant", "gateway", "reason", "priority"],
+    )  # fmt: skip
+    for gap in gauges.gaps:
+        family.add_metric([gap.tenant, gap.gateway, gap.reason, gap.priority], gap.lost_readings)
+    yield family
+
+
 def _accounted(accounts: Accounts) -> Iterator[Metric]:
-    """journaled = stored + dead + pending + expired + missing - doubled, at the last check."""
+    """journaled = stored + dead + pending + expired + missed + missing - doubled, at the last check."""
     from prometheus_client.core import GaugeMetricFamily
 
     plain = [
@@ -245,6 +283,8 @@ def _accounted(accounts: Accounts) -> Iterator[Metric]:
     counted: list[tuple[str, str, Callable[[FrameAccount], int]]] = [
         ("received_frames", "Frames that came in.", lambda a: a.received),
         ("duplicate_frames", "Frames of those that the journal held before.", lambda a: a.duplicate),
+        ("absent_frames", "Frames between others that never came and no gap reports.", lambda a: a.absent),
+        ("missing_frames", "Those of them whose gateway holds nothing more.", lambda a: a.missing),
     ]
     for name, text, count in counted:
         family = GaugeMetricFamily(f"headgate_account_{name}", text, labels=["tenant", "gateway"])
@@ -257,6 +297,11 @@ def _accounted(accounts: Accounts) -> Iterator[Metric]:
         ("dead", "Readings in the sink's dead letters.", lambda a: a.dead),
         ("pending", "Readings that the sink is still to take.", lambda a: a.pending),
         ("expired", "Readings that the sink's retention removed.", lambda a: a.expired),
+        (
+            "missed",
+            "Readings trimmed before the sink had them; a replay gives them to it.",
+            lambda a: a.missed,
+        ),
         ("missing", "Readings that are nowhere.", lambda a: a.missing),
         ("doubled", "Readings that the sink holds too often.", lambda a: a.doubled),
     ]

@@ -370,12 +370,14 @@ class CloudServer:
             for s in (await runner.state(),)
         ]
         mqtt = None if self._mqtt is None else "connected" if self._mqtt.connected else self._mqtt.trouble
+        view = await self._view(services)
         return Ready(
             ready=trouble is None,
             journal="ok" if trouble is None else trouble,
             mqtt=mqtt,
             sinks=sinks,
-            problems=problems(await self._view(services)),
+            problems=problems(view),
+            gateways=[GatewayTold(g.name, list(g.problems)) for g in view.gateways if g.problems],
         )
 
     async def _gauges(self, services: Services) -> Gauges:
@@ -421,6 +423,13 @@ class SinkReady(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()  #: what the store cannot do, and how the sink does without
 
 
+class GatewayTold(msgspec.Struct, frozen=True):
+    """An agent's own problem codes, from its latest heartbeat."""
+
+    gateway: str
+    codes: list[str]
+
+
 class Ready(msgspec.Struct, frozen=True):
     """The body of /readyz. A sink that is down is shown and does not make the server unready: the journal holds on."""
 
@@ -429,6 +438,7 @@ class Ready(msgspec.Struct, frozen=True):
     mqtt: str | None
     sinks: list[SinkReady]
     problems: list[Problem] = []  #: all that is wrong, the gravest first (`cloud.health`)
+    gateways: list[GatewayTold] = []  #: those that say that something is wrong with them
 
 
 async def _supervise(runner: SinkRunner, stop: asyncio.Event) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from cloud import server as server_module
 from cloud.accounting import Accounting
 from cloud.api.models import FrameAccount, SinkAccount, Verdict
+from cloud.registry import GapTally
 from cloud.server import CloudServer
 from config.cloud import Archive, Cloud, Gateway, Limits, Server
 from drivers.contract import Scan
@@ -131,6 +132,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self.next = Verdict(True, [], [], [])
+
+    async def gap_tally(self) -> list[GapTally]:
+        return []
+
+    async def settle_missed(self, rows: Sequence[SinkAccount]) -> None:
+        pass
 
     async def verify(self) -> Verdict:
         return self.next

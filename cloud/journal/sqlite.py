@@ -663,6 +663,28 @@ class SqliteJournal:
         return self._page_bytes
 
     @property
+    def full(self) -> bool:
+        """Whether the last append was refused for want of room."""
+        return self._full
+
+    @property
+    def broken(self) -> str | None:
+        """Why the last write failed for another reason than room; None where it did not."""
+        return self._broken
+
+    @property
+    def floor_bytes(self) -> int:
+        """Below so much free disk appends are refused."""
+        return self._free_disk_bytes
+
+    @property
+    def free_disk_bytes(self) -> int:
+        try:
+            return self._free_bytes()
+        except OSError:  # a disk that does not tell its room: `broken` says more
+            return 2**62
+
+    @property
     def last_offset(self) -> int:
         """The newest committed offset, 0 where there was never one."""
         return self._last
