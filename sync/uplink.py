@@ -58,7 +58,9 @@ class BatchRefused(UplinkError):
 class Uplink(Protocol):
     """One way to the cloud. Not reentrant in `open` and `close`; `send` and `report` may overlap."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """ "kind host:port", of the way in use."""
 
     async def open(self) -> None:
         """Make the way usable. Raises `LinkDown`. May be called again after any `LinkDown`."""

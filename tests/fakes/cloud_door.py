@@ -17,6 +17,7 @@ from cloud.http import Credentials, HttpDoor
 from cloud.intake import Arrival, Intake, Verdict
 from cloud.metrics import Metrics
 from cloud.mqtt import MqttDoor
+from cloud.quotas import Quotas
 from config.cloud import MqttDoor as MqttDoorSettings
 from sync.identity import GatewayName, Secret
 from sync.wire import Ack, Head, Reply, open_head
@@ -34,6 +35,7 @@ class FarSide(Intake):
     """What stands where the intake stands."""
 
     def __init__(self) -> None:
+        self.quotas = Quotas()
         self.answer: Callable[[Head], Reply | None] = acknowledge
         self.received: list[tuple[str, bytes]] = []
         self.states: list[tuple[str, bytes]] = []

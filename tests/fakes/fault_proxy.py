@@ -133,6 +133,10 @@ class FaultProxy:
     # --- within ---
 
     async def _serve(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # only `stop` cancels
+            await self._connection(reader, near)
+
+    async def _connection(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
         self.seen.connects += 1
         self.connected_at.append(time.monotonic())
         task = asyncio.current_task()
