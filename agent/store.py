@@ -304,6 +304,9 @@ class Store:
         self._layouts: dict[int, bytes] = {}  #: msgpack, by id: everything that a frame here may name
         self._clocks: dict[int, ClockRow] = {}  #: by boot: the row to compute wall time from
         self._marks: list[tuple[ClockRow, int]] = []  #: clock rows with their next_seq, oldest first
+        self._retiring: dict[
+            int, int
+        ] = {}  #: boots without frames of their own: the seq below which gaps may name them
         self._mark_id: int | None = None  #: the newest row, where it may be overwritten by the next minute's
         self._cursor = 1  #: all frames below are recorded, settled or gone
         self._oldest_seq = 0
@@ -492,6 +495,7 @@ class Store:
         marks.append((first, led.next_seq))
         self.ledger, self._layouts, self._clocks, self._marks = led, layouts, clocks, marks
         self._mark_id = None
+        self._retiring = {}
         self._cursor = 1
         self.parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
         self._look_at_oldest(conn)
@@ -1120,13 +1124,19 @@ class Store:
             self._wal_bytes = 0
 
     def _thin_clock(self, conn: sqlite3.Connection) -> None:
-        """Forget the clock rows of boots that no held frame names."""
+        """Forget the clock rows of boots that no held frame names. A gap names the boot of what it reports and stands
+        behind later boots' frames: a boot is forgotten once all is gone that was held when its own frames were."""
         oldest = min(self.oldest[0] if self.oldest else self.ledger.boot, self.ledger.boot)
-        boots = {row.boot for row, _ in self._marks}
-        if any(boot < oldest for boot in boots):
-            conn.execute("DELETE FROM clock WHERE boot < ?", (oldest,))
-            self._marks = [mark for mark in self._marks if mark[0].boot >= oldest]
-            self._clocks = {boot: row for boot, row in self._clocks.items() if boot >= oldest}
+        for boot in {row.boot for row, _ in self._marks if row.boot < oldest}:
+            self._retiring.setdefault(boot, self.ledger.next_seq)
+        held_from = self._oldest_seq or self.ledger.next_seq
+        gone = {boot for boot, upto in self._retiring.items() if upto <= held_from}
+        if gone:
+            conn.executemany("DELETE FROM clock WHERE boot = ?", [(boot,) for boot in gone])
+            self._marks = [mark for mark in self._marks if mark[0].boot not in gone]
+            self._clocks = {boot: row for boot, row in self._clocks.items() if boot not in gone}
+            for boot in gone:
+                del self._retiring[boot]
 
     def _look_at_oldest(self, conn: sqlite3.Connection) -> None:
         row = conn.execute("SELECT seq, data, readings, crc FROM frames ORDER BY seq LIMIT 1").fetchone()
