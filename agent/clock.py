@@ -20,6 +20,7 @@ from typing import Final, Protocol
 import msgspec
 
 ROW_EVERY_NS: Final = 60 * 10**9  #: so a step or a drift is bounded to a minute of frames
+LOOK_S: Final = 1.0  #: how often the clocks are looked at: a step or a synchronization is seen so soon
 STEP_NS: Final = 500 * 10**6  #: a larger change of wall minus boot is a step; NTP slews at most 0.5 ms per s
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -94,6 +95,43 @@ class SystemClock:
             return False, 0
         synchronized = state != _TIME_ERROR and not self._timex.status & _STA_UNSYNC
         return synchronized, max(0, self._timex.maxerror) * 1_000 if synchronized else 0
+
+
+EARLIEST_NS: Final = (
+    1_735_689_600 * 10**9
+)  #: 2025-01-01: this was written later, so no right clock shows less
+
+
+class Hold:
+    """Whether frames of a boot that is not synchronized wait for its clock. Pure.
+
+    They wait where a synchronized clock is to be expected: an earlier boot had one, or what the clock shows cannot be
+    (before this was written, or before what an earlier boot has shown). They wait at most `hold_ns` of the boot clock,
+    counted from when one could have been sent for the first time: a gateway that was offline for a day gets its network
+    and its time together, and waits for the second of the two. A gateway that never had a synchronized clock and shows
+    a possible time is not made to wait: nothing says that it will ever have one.
+    """
+
+    __slots__ = ("_asked_ns", "_floor_ns", "_hold_ns", "expected")
+
+    def __init__(self, hold_ns: int) -> None:
+        self._hold_ns = hold_ns
+        self._floor_ns = EARLIEST_NS
+        self._asked_ns: int | None = None
+        self.expected = False
+
+    def learn(self, *, synchronized: bool, wall_ns: int) -> None:
+        """What an earlier boot has shown."""
+        self.expected = self.expected or synchronized
+        self._floor_ns = max(self._floor_ns, wall_ns)
+
+    def waits(self, now: ClockReading) -> bool:
+        """Asked for a frame that could be sent now, of a boot without a synchronized row."""
+        if self._hold_ns <= 0 or not (self.expected or now.wall_ns < self._floor_ns):
+            return False
+        if self._asked_ns is None:
+            self._asked_ns = now.boot_ns
+        return now.boot_ns - self._asked_ns < self._hold_ns
 
 
 class Due(msgspec.Struct, frozen=True):

@@ -46,6 +46,9 @@ class Buffer(_Strict, frozen=True, kw_only=True):
     low_latency: bool = False  #: commit every 100 ms instead
     quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  #: time budget for the check at start
     max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
+    clock_hold_s: Annotated[float, Meta(ge=0, le=604_800)] = (
+        3600.0  #: readings of a start whose clock is not set yet wait so long for it, where it is to be expected
+    )
     when_full: Literal["drop", "thin"] = (
         "drop"  #: the oldest of the lowest priority, at once or one in `thin_keep` kept
     )
