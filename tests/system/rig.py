@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import trustme
 from deltalake import DeltaTable
 
+from tests.fakes.fault_proxy import ProxyProcess, proxy_process
 from tests.servers import run
 from tests.servers.process import ServerProcess, free_port, wait_until
 from tests.system.child import BIN, Child
@@ -71,6 +72,7 @@ class Rig:
     folder: Path
     transport: str  #: "mqtt" or "https"
     servers: dict[str, ServerProcess] = field(default_factory=dict)
+    links: dict[str, ProxyProcess] = field(default_factory=dict)  #: lines to misuse: uplink, and each store's
     children: dict[str, Child] = field(default_factory=dict)
     influx: run.InfluxDb | None = None
     maria: run.MariaDb | None = None
@@ -164,23 +166,21 @@ class Rig:
             drainer.stop_hard()
         buffer = status["buffer"]
         kept, gapped = buffer["kept_readings"], buffer["gapped_readings"]
-        behind = {
-            "embedded": self.count_embedded,
-            "mysql": self.count_mysql,
-            "archive": self.count_archive,
-            "influxdb": self.count_influxdb,
-        }
+        behind = {"embedded": self.count_embedded, "archive": self.count_archive}
+        if self.maria is not None:
+            behind["mysql"] = self.count_mysql
+        if self.influx is not None:
+            behind["influxdb"] = self.count_influxdb
         deadline_s = time.monotonic() + timeout_s
         while behind and time.monotonic() < deadline_s:
             behind = {sink: count for sink, count in behind.items() if count() < kept - gapped}
             time.sleep(0.5)  # a count costs the store something
         assert cloud.end(signal.SIGTERM) == 0, "the cloud did not leave in order"
-        held = {
-            "embedded": self.embedded(),
-            "mysql": self.mysql(),
-            "archive": self.archive(),
-            "influxdb": self.influxdb(),
-        }
+        held = {"embedded": self.embedded(), "archive": self.archive()}
+        if self.maria is not None:
+            held["mysql"] = self.mysql()
+        if self.influx is not None:
+            held["influxdb"] = self.influxdb()
         return Account(kept, gapped, buffer["kept_frames"], held, self.holes())
 
     # --- each store, by its own interface ---
@@ -227,7 +227,9 @@ class Rig:
         return _held_by_sql(self._mariadb(READINGS))
 
     def _delta(self) -> DeltaTable | None:
-        assert self.s3 is not None
+        if self.s3 is None:
+            folder = self.folder / "cloud/archive/readings"
+            return DeltaTable(str(folder)) if DeltaTable.is_deltatable(str(folder)) else None
         options = {
             "AWS_ENDPOINT_URL": self.s3.url,
             "AWS_ACCESS_KEY_ID": self.s3.access_key,
@@ -308,11 +310,28 @@ def _held_by_sql(rows: Iterable[Sequence[Any]]) -> Held:
 
 
 @contextlib.contextmanager
-def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
-    """Everything running and the first readings acked."""
+def whole_system(
+    folder: Path,
+    transport: str,
+    *,
+    stores: bool = True,
+    links: bool = False,
+    devices: int = DEVICES,
+    period_ms: int = PERIOD_MS,
+    commit_interval_s: float = COMMIT_INTERVAL_S,
+) -> Iterator[Rig]:
+    """Everything running and the first readings acked. Without `stores`: the embedded sinks alone. With `links`
+    the agent's way to the broker or the door, and the cloud's to each store, lead over lines that can be misused."""
     rig = Rig(folder, transport)
     token, word = rig.secret("gateway.token"), rig.secret("cloud.password")
     with contextlib.ExitStack() as stack:
+
+        def line(name: str, port: int) -> int:
+            if not links:
+                return port
+            rig.links[name] = stack.enter_context(proxy_process(port))
+            return rig.links[name].port
+
         if transport == "mqtt":
             broker = stack.enter_context(
                 run.mosquitto(
@@ -321,14 +340,6 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
                 )
             )
             rig.servers["broker"] = broker.process
-        rig.influx = stack.enter_context(run.influxdb())
-        rig.maria = stack.enter_context(run.mariadb())
-        rig.s3 = stack.enter_context(run.s3())
-        rig.servers |= {
-            "influxdb": rig.influx.process,
-            "mariadb": rig.maria.process,
-            "s3": rig.s3.process,
-        }
         port = rig.cloud_port = free_port()
         ca = trustme.CA()
         ca.cert_pem.write_to_path(str(folder / "ca.pem"))
@@ -341,33 +352,49 @@ def whole_system(folder: Path, transport: str) -> Iterator[Rig]:
             if transport == "mqtt"
             else ""
         )
+        sinks = "[archive]\ncommit_interval_s = 0.5\n"
+        if stores:
+            rig.influx = stack.enter_context(run.influxdb())
+            rig.maria = stack.enter_context(run.mariadb())
+            rig.s3 = stack.enter_context(run.s3())
+            rig.servers |= {
+                "influxdb": rig.influx.process,
+                "mariadb": rig.maria.process,
+                "s3": rig.s3.process,
+            }
+            sinks = (
+                f'[archive]\nendpoint = "http://127.0.0.1:{line("s3", rig.s3.port)}"\nbucket = "{rig.bucket}"\n'
+                f"commit_interval_s = 2.0\n"
+                f'access_key_file = "{rig.secret("s3.key", rig.s3.access_key)}"\n'
+                f'secret_key_file = "{rig.secret("s3.secret", rig.s3.secret_key)}"\n'
+                f'[influxdb]\nurl = "http://127.0.0.1:{line("influxdb", rig.influx.port)}"\n'
+                f'org = "{rig.influx.org}"\nbucket = "{rig.bucket}"\n'
+                f'token_file = "{rig.secret("influx.token", rig.influx.token)}"\n'
+                f'[mysql]\nhost = "127.0.0.1"\nport = {line("mariadb", rig.maria.port)}\n'
+                f'user = "{rig.maria.user}"\npassword_file = "{rig.secret("mysql.password", rig.maria.password)}"\n'
+                f'database = "{rig.maria.database}"\n'
+            )
         (folder / "cloud.toml").write_text(
             f'[server]\ndata_dir = "{folder}/cloud"\nport = {port}\n'
             f'tls_cert_file = "{folder}/cert.pem"\ntls_key_file = "{folder}/key.pem"\n{door}'
-            f'[[gateway]]\ntenant = "chaos"\nname = "plant-1"\ntoken_file = "{token}"\n'
-            f'[archive]\nendpoint = "{rig.s3.url}"\nbucket = "{rig.bucket}"\ncommit_interval_s = 2.0\n'
-            f'access_key_file = "{rig.secret("s3.key", rig.s3.access_key)}"\n'
-            f'secret_key_file = "{rig.secret("s3.secret", rig.s3.secret_key)}"\n'
-            f'[influxdb]\nurl = "{rig.influx.url}"\norg = "{rig.influx.org}"\nbucket = "{rig.bucket}"\n'
-            f'token_file = "{rig.secret("influx.token", rig.influx.token)}"\n'
-            f'[mysql]\nhost = "127.0.0.1"\nport = {rig.maria.port}\nuser = "{rig.maria.user}"\n'
-            f'password_file = "{rig.secret("mysql.password", rig.maria.password)}"\n'
-            f'database = "{rig.maria.database}"\n'
+            f'[[gateway]]\ntenant = "chaos"\nname = "plant-1"\ntoken_file = "{token}"\n{sinks}'
         )
+        way = line("uplink", broker.port if transport == "mqtt" else port)
         uplink = (
-            f'[uplink]\nkind = "mqtt"\nhost = "127.0.0.1"\nport = {broker.port}\ntls = false\n'
+            f'[uplink]\nkind = "mqtt"\nhost = "127.0.0.1"\nport = {way}\ntls = false\n'
             if transport == "mqtt"
-            else f'[uplink]\nkind = "https"\nhost = "localhost"\nport = {port}\nca_file = "{folder}/ca.pem"\n'
+            else f'[uplink]\nkind = "https"\nhost = "localhost"\nport = {way}\nca_file = "{folder}/ca.pem"\n'
         )
-        devices = "".join(
-            f'[[device]]\nname = "d{d}"\ndriver = "simulator"\nmeasurement = "simulated"\nperiod_ms = {PERIOD_MS}\n'
-            + "".join(f'[[device.point]]\nname = "p{p}"\nwave = "walk"\n' for p in range(POINTS))
-            for d in range(DEVICES)
+        points = "".join(f'[[device.point]]\nname = "p{p}"\nwave = "walk"\n' for p in range(POINTS))
+        plant = "".join(
+            f'[[device]]\nname = "d{d}"\ndriver = "simulator"\nmeasurement = "simulated"\n'
+            f"period_ms = {period_ms}\n{points}"
+            for d in range(devices)
         )
         (folder / "agent.toml").write_text(
             f'[gateway]\ntenant = "chaos"\nname = "plant-1"\nstate_dir = "{folder}/gateway"\n{uplink}'
             f'token_file = "{token}"\nbackoff_max_s = 2.0\nack_timeout_s = 3.0\n'
-            f"[buffer]\ncommit_interval_s = {COMMIT_INTERVAL_S}\n{devices}"
+            f"[buffer]\ncommit_interval_s = {commit_interval_s}\n{plant}"
         )
         env = dict(os.environ)
         rig.children = {
