@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from cloud.accounting import NOT_YET, Accounting
+from cloud.backup import UNFINISHED
 from cloud.clocks import FILE as CLOCKS_FILE
 from cloud.clocks import Clocks
 from cloud.dead_letters import DeadLetters, DeadLettersError
@@ -115,6 +116,10 @@ class CloudServer:
         config = self.config
         secrets = read_secrets(config)
         data_dir = Path(config.server.data_dir)
+        if (data_dir / UNFINISHED).exists():
+            raise ServeError(
+                f"{data_dir / UNFINISHED}: a restore was cut short; run `headgate-cloud restore` again, and then this"
+            )
         journal = SqliteJournal(
             data_dir / "journal.db",
             max_bytes=config.journal.max_mb * MIB,
