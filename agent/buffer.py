@@ -31,7 +31,9 @@ from typing import Final, TypeVar
 import msgspec
 import zstandard
 
-from agent.clock import Clock, ClockReading, ClockWatch
+from agent.clock import LOOK_S, Clock, ClockReading, ClockWatch, Due
+from agent.salvage import Salvages
+from agent.salvage import Told as OldEpoch
 from agent.store import (
     Batch,
     Bounds,
@@ -47,6 +49,7 @@ from agent.store import (
     parts,
 )
 from config.agent import Buffer as BufferSettings
+from drivers.contract import Priority
 from sync.identity import GatewayName
 from sync.wire import (
     Ack,
@@ -68,6 +71,7 @@ MAX_FRAME_BYTES: Final = (
 )  #: with its layout it then fits a batch of 256 KiB, however badly it compresses
 MAX_LAYOUT_BYTES: Final = 128 * 1024  #: compressed
 LOW_LATENCY_S: Final = 0.1
+ALARM_S: Final = 0.03  #: alarms wait so long for others of the same commit, which must be done within 0.1 s
 _ROW_BYTES: Final = 16  #: what a frame costs beside its bytes
 _EVICTING_FOR_S: Final = (
     60.0  #: evictions come in steps: how long after one the buffer still counts as at its cap
@@ -110,6 +114,7 @@ class BufferState(msgspec.Struct, frozen=True):
     commit_s: float  #: how long the last commit took
     commit_max_s: float  #: the longest of this run
     cause: str = ""  #: why it is not well, where that is known: one of `agent.status.Code`
+    old: tuple[OldEpoch, ...] = ()  #: what comes back from damaged files, each under its own epoch
 
     @property
     def buffered_frames(self) -> int:
@@ -152,6 +157,8 @@ class Buffer:
             free_disk_bytes=settings.free_disk_mb * _MIB,
             ballast_bytes=settings.ballast_kb * 1024,
             max_age_ns=int(settings.max_age_days * 86_400e9),
+            thin_keep=settings.thin_keep if settings.when_full == "thin" else 0,
+            clock_hold_ns=int(settings.clock_hold_s * 1e9),
             quick_check_s=settings.quick_check_s,
         )
         store = Store(path, str(gateway), limits, clock)
@@ -176,12 +183,25 @@ class Buffer:
         self._watch = ClockWatch()
         self._thread = ThreadPoolExecutor(1, "buffer")
         self._loop = asyncio.get_running_loop()
+        self._salvages = Salvages(
+            store.path,
+            store.gateway,
+            limits,
+            clock,
+            settings.keep_damaged_mb * _MIB,
+            self._job,
+            self._layout_data,
+            self.record_event,
+            self._lost_with_a_file,
+        )
         self._interval_s = LOW_LATENCY_S if settings.low_latency else settings.commit_interval_s
         self._commit_bytes = min(settings.commit_max_kb * 1024, limits.group_bytes)
         self._packings: dict[int, Packing] = {}
         self._layouts: list[Layout] = []  #: registered, not yet stored
         self._frames: list[bytes] = []
         self._readings: list[int] = []
+        self._alarms: list[tuple[bytes, int]] = []  #: with their readings: they go first in the group
+        self._bulk: list[tuple[bytes, int]] = []  #: these go last
         self._bytes = 0
         self._losses: dict[tuple[str, str], _Loss] = {}  #: by device and reason
         self._settled: dict[
@@ -190,6 +210,9 @@ class Buffer:
         self._stuck: deque[Group] = deque()  #: groups that the disk refused: offered again before any other
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._looker: asyncio.TimerHandle | None = None
+        self._was_waiting = False
+        self._due: list[Due] = []  #: clock rows not yet stored
         self._committing: asyncio.Future[bool] | None = None
         self._closed = False
         self._condition = Condition.OK
@@ -218,15 +241,24 @@ class Buffer:
             self._layouts.append(layout)
         return packing
 
-    def append(self, frame: bytes, readings: int) -> bool:
+    def append(self, frame: bytes, readings: int, priority: Priority = Priority.NORMAL) -> bool:
         """Put one encoded frame into the pending group. False: it did not fit and is lost, already counted as an
-        overrun here (`overrun_scans`, and a gap record goes to the cloud); count it in the device's health too."""
+        overrun here (`overrun_scans`, and a gap record goes to the cloud); count it in the device's health too.
+
+        An alarm has the whole group committed within 100 ms."""
         size = len(frame) + _ROW_BYTES
         if self._bytes + size > self._limits.group_bytes or size > MAX_FRAME_BYTES or self._closed:
             self._refuse(frame, readings)
             return False
-        self._frames.append(frame)
-        self._readings.append(readings)
+        if priority is Priority.NORMAL:
+            self._frames.append(frame)
+            self._readings.append(readings)
+        elif priority is Priority.BULK:
+            self._bulk.append((frame, readings))
+        else:
+            if not self._alarms:
+                self._arm(ALARM_S)
+            self._alarms.append((frame, readings))
         self._bytes += size
         if self._timer is None:
             self._arm()
@@ -291,8 +323,10 @@ class Buffer:
             settled_readings=led.settled_readings,
             gapped_frames=led.gapped_frames,
             gapped_readings=led.gapped_readings,
-            pending_frames=len(self._frames) + stuck_frames,
-            pending_readings=sum(self._readings) + stuck_readings,
+            pending_frames=len(self._frames) + len(self._alarms) + len(self._bulk) + stuck_frames,
+            pending_readings=sum(self._readings)
+            + sum(n for _, n in self._alarms + self._bulk)
+            + stuck_readings,
             overrun_scans=self._overrun_scans,
             overrun_readings=self._overrun_readings,
             parked_frames=self._store.parked,
@@ -303,15 +337,23 @@ class Buffer:
             commit_s=self._commit_s,
             commit_max_s=self._commit_max_s,
             cause=self._cause,
+            old=self._salvages.told,
         )
 
     async def run(self) -> None:
-        """Commit on time, for ever: one task of the daemon. Survives a disk that refuses."""
-        while True:
-            await self._wake.wait()
-            if not await self.commit():
-                self._wake.clear()
-                self._timer = self._loop.call_later(_RETRY_S, self._wake.set)
+        """Commit on time, for ever: one task of the daemon. Survives a disk that refuses. Beside it damaged files are
+        salvaged."""
+        self._look_at_clock()
+        salvage = self._loop.create_task(self._salvages.run(), name="salvage")
+        try:
+            while True:
+                await self._wake.wait()
+                if not await self.commit():
+                    self._wake.clear()
+                    self._timer = self._loop.call_later(_RETRY_S, self._wake.set)
+        finally:
+            salvage.cancel()
+            await asyncio.gather(salvage, return_exceptions=True)
 
     async def commit(self) -> bool:
         """Commit the pending group now. False where the disk refused (the group is still pending)."""
@@ -332,8 +374,10 @@ class Buffer:
         if not await self.commit():
             log.warning("the buffer could not be committed at the end: %s", self._detail)
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._looker):
+            if timer is not None:
+                timer.cancel()
+        await self._job(self._salvages.close)
         await self._job(self._store.close)
         self._look()
         self._thread.shutdown(wait=False)
@@ -346,20 +390,22 @@ class Buffer:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether committed frames are in no batch yet."""
-        return self._store.ledger.loose_frames > 0
+        """Whether committed frames are in no batch yet, and do not wait for the clock to be synchronized."""
+        if any(store.ledger.loose_frames > 0 for store in self._salvages.stores):
+            return True
+        return self._store.ledger.loose_frames > 0 and not self._store.waiting
 
     def recorded(self) -> list[Bounds]:
         """Batches whose bounds are fixed and that no ack has settled, oldest first: after a restart, or when the way
         comes back, all of them are sent again (`rebuild`)."""
-        return self._store.bounds()
+        return [*self._store.bounds(), *(one for store in self._salvages.stores for one in store.bounds())]
 
-    async def claim(self, count: int) -> list[Batch]:
-        """Cut up to `count` batches of the oldest frames that are in none. Empty where there are none, or where the
-        disk refuses to record them."""
+    async def claim(self, count: int, lowest: Priority = Priority.BULK) -> list[Batch]:
+        """Cut up to `count` batches of frames that are in none: alarms first, then the oldest, and none below the
+        priority `lowest`. Empty where there are none, or where the disk refuses to record them."""
         settled, self._settled = self._settled, {}
         try:
-            batches = await self._job(lambda: self._store.claim(count, self._of_this_epoch(settled)))
+            batches = await self._job(lambda: self._claim(count, settled, lowest))
         except StoreError as err:
             self._settled = settled | self._settled
             self._arm()
@@ -404,7 +450,7 @@ class Buffer:
 
     def settle(self, ack: Ack) -> None:
         """The cloud has these ranges: forget them, with the next transaction."""
-        if ack.epoch == self._store.ledger.epoch:
+        if self._of(ack.epoch):
             self._settled |= dict.fromkeys((ack.epoch, (first, last)) for first, last in ack.ranges)
             if self._timer is None:
                 self._arm()
@@ -412,16 +458,48 @@ class Buffer:
     # --- within ---
 
     def _of(self, epoch: int) -> list[Store]:
-        """On the writer's thread: the file that holds this epoch, if one does by now."""
-        return [self._store] if self._store.ledger.epoch == epoch else []
+        """The file that holds this epoch, if one does by now."""
+        stores = (self._store, *self._salvages.stores)
+        return [store for store in stores if store.ledger.epoch == epoch]
+
+    def _commit(self, group: Group, settled: dict[tuple[int, Range], None], room: int) -> list[Batch]:
+        """On the writer's thread."""
+        batches = self._store.commit(group, self._of_this_epoch(settled), room)
+        self._settle_old(settled)
+        return batches
+
+    def _claim(self, count: int, settled: dict[tuple[int, Range], None], lowest: Priority) -> list[Batch]:
+        """On the writer's thread. What was salvaged waits until nothing else does."""
+        batches = self._store.claim(count, self._of_this_epoch(settled), lowest)
+        for one in self._of_this_epoch(settled):
+            settled.pop((self._store.ledger.epoch, one), None)
+        self._settle_old(settled)
+        return batches or (self._salvages.claim(count) if lowest is Priority.BULK else [])
+
+    def _settle_old(self, settled: Iterable[tuple[int, Range]]) -> None:
+        """On the writer's thread."""
+        for key in self._salvages.settle(settled):
+            self._loop.call_soon_threadsafe(self._settled.setdefault, key, None)
+
+    def _layout_data(self, key: int) -> bytes | None:
+        """On the writer's thread: a layout's id is made of its content, so that of any file will do."""
+        return self._store.layout_data(key)
+
+    def _lost_with_a_file(self, scans: int, readings: int) -> None:
+        now_ns = self._clock.boot_ns()
+        self.record_gap(
+            "corrupt", device="", scans=scans, readings=readings, from_boot_ns=now_ns, to_boot_ns=now_ns
+        )
 
     def _of_this_epoch(self, settled: Iterable[tuple[int, Range]]) -> list[Range]:
         """On the writer's thread: an ack must never settle the frames of another epoch."""
         return [one for epoch, one in settled if epoch == self._store.ledger.epoch]
 
-    def _arm(self) -> None:
+    def _arm(self, within_s: float | None = None) -> None:
         """Commit at most one interval from now: what the first frame of a group waits is the published loss window."""
-        if not self._closed and self._timer is None:
+        if not self._closed and within_s is not None:
+            self._loop.call_later(within_s, self._wake.set)
+        elif not self._closed and self._timer is None:
             self._timer = self._loop.call_later(self._interval_s, self._wake.set)
 
     def _job(self, work: Callable[[], T]) -> asyncio.Future[T]:
@@ -436,8 +514,9 @@ class Buffer:
                            loss.from_boot_ns, loss.to_boot_ns)  # fmt: skip
             self._put(encode_frame(gap))
         clocks: list[ClockReading] = []
-        due = self._watch.look(self._clock.read())
-        if due is not None and due.why != "start":  # the store wrote the first row itself
+        self._look_once()
+        dues, self._due = self._due, []
+        for due in dues:
             clocks.append(due.reading)
             if due.step_ns:
                 text = f"the wall clock was set by {due.step_ns / 1e9:+.3f} s"
@@ -447,8 +526,34 @@ class Buffer:
         for code, text in events:
             self._put(encode_frame(EventFrame(self.boot, self._clock.boot_ns(), code, text)))
         group = Group(self._frames, self._readings, self._layouts, clocks, self._bytes)
+        if self._alarms or self._bulk:
+            group.frames = [f for f, _ in self._alarms] + self._frames + [f for f, _ in self._bulk]
+            group.readings = [n for _, n in self._alarms] + self._readings + [n for _, n in self._bulk]
+            group.alarms, group.bulk = len(self._alarms), len(self._bulk)
+            self._alarms, self._bulk = [], []
         self._frames, self._readings, self._layouts, self._bytes = [], [], [], 0
         return group
+
+    def _look_once(self) -> Due | None:
+        due = self._watch.look(self._clock.read())
+        if due is None or due.why == "start":  # the store wrote the first row itself
+            return None
+        self._due.append(due)
+        return due
+
+    def _look_at_clock(self) -> None:
+        """Also while nothing is read: a step is stored before what comes after it, and what waited for a synchronized
+        clock goes as soon as there is one."""
+        if self._closed:
+            return
+        self._looker = self._loop.call_later(LOOK_S, self._look_at_clock)
+        due = self._look_once()
+        if due is not None and due.why != "minute":
+            self._wake.set()
+        waiting = self._store.waiting
+        if self._was_waiting and not waiting and self.on_live is not None:
+            self.on_live([])
+        self._was_waiting = waiting
 
     def _put(self, frame: bytes) -> None:
         """A frame of our own: it always fits."""
@@ -470,9 +575,7 @@ class Buffer:
             return done
         room = self.live_room if self.on_live is not None else 0
         started_s = time.monotonic()
-        job = self._loop.run_in_executor(
-            self._thread, lambda: self._store.commit(group, self._of_this_epoch(settled), room)
-        )
+        job = self._loop.run_in_executor(self._thread, lambda: self._commit(group, settled, room))
         self._committing = done
 
         def ended(job: asyncio.Future[list[Batch]]) -> None:
@@ -543,8 +646,15 @@ def slices(group: Group, most_bytes: int) -> list[Group]:
     cut = [(0, len(group.frames))]
     if group.size_bytes > most_bytes:
         cut = parts([len(frame) + _ROW_BYTES for frame in group.frames], most_bytes)
+    bulk_from = len(group.frames) - group.bulk
     made = [
-        Group(frames, group.readings[a:b], size_bytes=sum(map(len, frames)) + _ROW_BYTES * (b - a))
+        Group(
+            frames,
+            group.readings[a:b],
+            size_bytes=sum(map(len, frames)) + _ROW_BYTES * (b - a),
+            alarms=max(0, min(b, group.alarms) - a),
+            bulk=max(0, b - max(a, bulk_from)),
+        )
         for a, b in cut
         if (frames := group.frames[a:b])
     ]

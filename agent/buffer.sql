@@ -1,4 +1,4 @@
--- The gateway's buffer, schema 1 (PRAGMA user_version). Written by agent/store.py alone; readers open mode=ro.
+-- The gateway's buffer, schema 2 (PRAGMA user_version; agent/store_migrations.py). Written by agent/store.py alone; readers open mode=ro.
 --
 -- seq comes from ledger.next_seq, raised in the transaction that inserts the frames: like AUTOINCREMENT it is never
 -- used again after the table empties, and it costs no page of its own at every commit (sqlite_sequence would).
@@ -13,15 +13,34 @@ CREATE TABLE ledger (
     settled_frames   INTEGER NOT NULL,
     settled_readings INTEGER NOT NULL,
     gapped_frames    INTEGER NOT NULL,
-    gapped_readings  INTEGER NOT NULL
+    gapped_readings  INTEGER NOT NULL,
+    alarm_frames      INTEGER NOT NULL DEFAULT 0,  -- how many the tables alarms, bulk and gaps name
+    bulk_frames       INTEGER NOT NULL DEFAULT 0,
+    gap_frames        INTEGER NOT NULL DEFAULT 0,
+    bulk_thinned_to   INTEGER NOT NULL DEFAULT 0,  -- frames below this seq have been thinned, and are not thinned again
+    normal_thinned_to INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
--- One row, one encoded frame (sync/wire.py). crc covers data, seq and readings: SQLite's own checks miss bit rot.
+-- One row, one encoded frame (sync/wire.py). crc covers data, seq, readings and priority: SQLite's own checks miss bit
+-- rot. The row is that of schema 1, and so is the crc of a frame of normal priority.
 CREATE TABLE frames (
     seq      INTEGER PRIMARY KEY,
     readings INTEGER NOT NULL,
     crc      INTEGER NOT NULL,
     data     BLOB NOT NULL
+) STRICT;
+
+-- Where the frames are that are not of normal priority, and where the gap frames are. Only to find them: what a frame's
+-- priority is, its crc says.
+CREATE TABLE alarms (seq INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE bulk (seq INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE gaps (seq INTEGER PRIMARY KEY) STRICT;
+
+-- Which agents may use the file: those that know schema `usable_by` or a later one.
+CREATE TABLE format (
+    id        INTEGER PRIMARY KEY,
+    version   INTEGER NOT NULL,
+    usable_by INTEGER NOT NULL
 ) STRICT;
 
 -- Batches whose bounds are fixed, before they are first sent; `clocks` is what else their bytes are made of.

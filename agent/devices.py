@@ -17,7 +17,7 @@ from agent.validation import Rules
 from config.agent import Agent, Device
 from config.load import ConfigFileError, line_of
 from drivers import profiles, registry
-from drivers.contract import ConfigError, LineClaim, Point
+from drivers.contract import ConfigError, LineClaim, Point, Priority
 from drivers.registry import AnyDriver, TableError
 from sync.wire import MAX_POINTS
 
@@ -153,6 +153,7 @@ def build_device(device: Device) -> Built:
         measurement=device.measurement or driver_name,
         tags=tuple(sorted(device.tags.items())),
         points=tuple(driver.points),
+        priority=Priority(device.priority),
         period_s=period_s,
         phase_s=phase_s,
         deadline_s=deadline_s,

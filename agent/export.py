@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 import zstandard
 
-from agent.store import BATCH_BYTES, frame_head, row_crc
+from agent.store import BATCH_BYTES, frame_head, row_priority
 from sync.wire import (
     MAX_FRAMES,
     ZSTD_LEVEL,
@@ -172,7 +172,7 @@ def _next(conn: sqlite3.Connection, after: int, layouts: Mapping[int, bytes]) ->
     )
     try:
         for seq, readings, crc, data in rows:
-            if crc != row_crc(seq, readings, data):
+            if row_priority(seq, readings, data, crc) is None:
                 if run.frames:
                     break
                 run.damaged += 1

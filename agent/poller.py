@@ -41,6 +41,7 @@ from drivers.contract import (
     DriverError,
     Point,
     PointRefused,
+    Priority,
     PushDriver,
     Reason,
     Scan,
@@ -87,7 +88,7 @@ class Store(Protocol):
 
     def register(self, layout: Layout) -> Packing: ...
 
-    def append(self, frame: bytes, readings: int) -> bool: ...
+    def append(self, frame: bytes, readings: int, priority: Priority = Priority.NORMAL) -> bool: ...
 
     def record_event(self, code: str, text: str, device: str = "") -> None: ...
 
@@ -108,6 +109,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     phase_s: float
     deadline_s: float
     build: Callable[[], AnyDriver]
+    priority: Priority = Priority.NORMAL  #: of the points that have none of their own
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """The points of one priority within a scan, ready to be cut out of it."""
+
+    priority: Priority
+    at: tuple[int, ...]  #: where they are in the scan; () where they are all of it
+    points: tuple[Point, ...]
+    packing: Packing
 
 
 def phase_of(name: str, period_s: float) -> float:
@@ -215,8 +226,10 @@ class DevicePoller:
         self._rng = rng
         self._points: tuple[Any, ...] = tuple(driver.points)
         self._rules = Rules(self._points)
-        self._packing = self._register(self._points)
-        self._packings: dict[tuple[str, ...], Packing] = {}
+        self._parts = self._parts_of(self._points)
+        self._packing = self._parts[0].packing
+        self._plain = len(self._parts) == 1 and self._parts[0].priority is Priority.NORMAL
+        self._selections: dict[tuple[str, ...], tuple[_Part, ...]] = {}
         self._schedule = Schedule(plan.period_s, plan.phase_s)
         self._attempt = 0  #: since the last good scan
         self._faults = 0  #: of drivers that did not run for long
@@ -555,23 +568,53 @@ class DevicePoller:
             watch.show(scan)
 
     def _append(self, scan: Scan, readings: int) -> bool:
-        packing = self._packing if scan.points is self._points else self._packing_of(scan)
+        if not self._plain or scan.points is not self._points:
+            return self._append_parts(scan)
         store = self._store
         try:
-            frame = encode_scan(packing, scan, store.boot)
+            frame = encode_scan(self._packing, scan, store.boot)
         except (struct.error, TypeError, OverflowError, UnicodeEncodeError):
             # Some value is not of its type. Which one is looked for only now, so that a good scan pays nothing.
-            frame = encode_scan(packing, self._rules.examine(scan), store.boot)
+            frame = encode_scan(self._packing, self._rules.examine(scan), store.boot)
         return store.append(frame, readings)
 
-    def _packing_of(self, scan: Scan) -> Packing:
+    def _append_parts(self, scan: Scan) -> bool:
+        """One frame per priority, each with a layout of its own."""
+        parts = self._parts if scan.points is self._points else self._parts_for(scan)
+        store = self._store
+        try:
+            frames = [encode_scan(part.packing, _cut(scan, part), store.boot) for part in parts]
+        except (struct.error, TypeError, OverflowError, UnicodeEncodeError):
+            scan = self._rules.examine(scan)
+            frames = [encode_scan(part.packing, _cut(scan, part), store.boot) for part in parts]
+        kept = True
+        for part, frame in zip(parts, frames, strict=True):
+            kept &= store.append(frame, len(part.points), part.priority)
+        return kept
+
+    def _parts_for(self, scan: Scan) -> tuple[_Part, ...]:
         names = tuple(point.name for point in scan.points)
-        packing = self._packings.get(names)
-        if packing is None:
-            if len(self._packings) >= _MOST_PACKINGS:
-                self._packings.clear()
-            packing = self._packings[names] = self._register(scan.points)
-        return packing
+        parts = self._selections.get(names)
+        if parts is None:
+            if len(self._selections) >= _MOST_PACKINGS:
+                self._selections.clear()
+            parts = self._selections[names] = self._parts_of(scan.points)
+        return parts
+
+    def _parts_of(self, points: tuple[Point, ...]) -> tuple[_Part, ...]:
+        """The points by priority, alarms first. Points of one priority are all of one part, which cuts nothing."""
+        wanted = [point.priority or self.plan.priority for point in points]
+        if not wanted:
+            self._register(points)  # says what is wrong
+        parts = []
+        for priority in Priority:
+            at = tuple(i for i, each in enumerate(wanted) if each is priority)
+            if at:
+                chosen = points if len(at) == len(points) else tuple(points[i] for i in at)
+                parts.append(
+                    _Part(priority, at if chosen is not points else (), chosen, self._register(chosen))
+                )
+        return tuple(parts)
 
     def _register(self, points: tuple[Point, ...]) -> Packing:
         plan = self.plan
@@ -706,6 +749,15 @@ class DevicePoller:
                 await self._driver.close()
         except Exception as err:  # noqa: BLE001 - a driver that cannot even close must not hold up the others
             log.warning("%s: its driver failed to close: %s: %s", self.plan.name, type(err).__name__, err)
+
+
+def _cut(scan: Scan, part: _Part) -> Scan:
+    """What of a scan belongs to a part."""
+    if not part.at:
+        return scan
+    reasons, values = scan.reasons, scan.values
+    told = {new: reasons[old] for new, old in enumerate(part.at) if old in reasons} if reasons else {}
+    return Scan(scan.taken_at_ns, part.points, [values[i] for i in part.at], told)
 
 
 def _ending() -> Callable[[], int]:

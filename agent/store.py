@@ -7,8 +7,10 @@ Rules:
 1. WAL, `synchronous=FULL`. One connection writes, checkpoints and reads; no mmap.
 2. kept = settled + gapped + held, in frames and readings, after every transaction.
 3. A frame belongs to at most one recorded batch; a recorded batch has no holes and is recorded before it is sealed.
-4. Eviction takes the oldest frames that are in no recorded batch: what may already have been sent is never evicted, so
-   a gap never counts what the cloud has. What it takes is reported by a gap frame in the same transaction.
+4. Eviction takes the oldest bulk frames first, then the oldest normal ones, alarms last, and only frames that are in no
+   recorded batch: what may already have been sent is never evicted, so a gap never counts what the cloud has. What it
+   takes is reported by a gap frame in the same transaction; a gap frame that was never sent grows instead of being
+   followed by the next, so that gaps never fill the buffer.
 5. Every row's CRC is checked when it is read to be sent; a row that fails becomes a gap, never a batch.
 6. A damaged file is renamed, never deleted, and a fresh one with a new epoch takes its place.
 
@@ -38,8 +40,11 @@ from typing import Final, NamedTuple, TypeAlias
 import msgspec
 import zstandard
 
-from agent.clock import Clock, ClockReading
+from agent import gaps as gap_sums
+from agent.clock import Clock, ClockReading, Hold
+from agent.store_migrations import ALARM_MARK, BULK_MARK, SCHEMA_VERSION, SchemaUnknown, fit
 from config.failpoint import reached
+from drivers.contract import Priority
 from sync.wire import (
     MAX_EPOCH,
     MAX_FRAMES,
@@ -69,7 +74,6 @@ class Bounds(NamedTuple):
     last: int
 
 
-SCHEMA_VERSION: Final = 1
 PAGE_BYTES: Final = 4096  #: a flash sector: a page torn by a power cut then harms no neighbour
 BATCH_BYTES: Final = 240 * 1024  #: frames and layouts of one batch, so that it fits 256 KiB even uncompressed
 _FRAME_OVERHEAD: Final = 16  #: of a row in its page, and of a frame in a batch
@@ -84,6 +88,14 @@ _MARK_NS: Final = 3600 * 10**9  #: clock rows older than this one are thinned to
 _PARKED_MAX: Final = 200  #: parked frames kept for a look; the oldest go first, they were reported long ago
 
 _GAP_TAG: Final = b"\x01"  #: the second byte of a gap frame (sync.wire: array, then the kind)
+_GAPS_MOST: Final = 2_048  #: unsent gap frames in a full buffer, until they are summed up
+_RUNS_TOLD: Final = 8  #: of so many unbroken runs in one step of eviction each is told by itself
+_HOP_BYTES: Final = (
+    8 * 1024
+)  #: what may travel between two alarms of one batch, so that dense alarms make full batches
+_MARKS: Final = {Priority.ALARM: ALARM_MARK, Priority.NORMAL: 0, Priority.BULK: BULK_MARK}
+_BY_MARK: Final = {mark: priority for priority, mark in _MARKS.items()}
+_TABLES: Final = {Priority.ALARM: "alarms", Priority.BULK: "bulk"}
 
 
 class StoreError(Exception):
@@ -111,6 +123,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     free_disk_bytes: int = 0
     ballast_bytes: int = 0
     max_age_ns: int = 0  #: 0: no limit
+    clock_hold_ns: int = (
+        0  #: how long frames of an unsynchronized boot may wait for its clock (`agent.clock.Hold`)
+    )
+    thin_keep: int = (
+        0  #: of so many scans of a device one stays when room is wanted; 0: the oldest go at once
+    )
     quick_check_s: float = 5.0
 
     @property
@@ -136,6 +154,8 @@ class Group(msgspec.Struct):
     layouts: list[Layout] = []
     clocks: list[ClockReading] = []
     size_bytes: int = 0
+    alarms: int = 0  #: the first so many frames are alarms
+    bulk: int = 0  #: the last so many are bulk
 
     @property
     def empty(self) -> bool:
@@ -171,7 +191,8 @@ class Ledger:
     """The running totals and the recorded batches: changed on a copy, which replaces it when the transaction holds."""
 
     __slots__ = (
-        "boot", "epoch", "gapped_frames", "gapped_readings", "kept_frames", "kept_readings", "next_seq", "recorded",
+        "alarm_frames", "boot", "bulk_frames", "bulk_thinned_to", "epoch", "gap_frames", "gapped_frames",
+        "gapped_readings", "kept_frames", "kept_readings", "next_seq", "normal_thinned_to", "recorded",
         "settled_frames", "settled_readings",
     )  # fmt: skip
 
@@ -182,6 +203,8 @@ class Ledger:
         self.kept_frames = self.kept_readings = 0
         self.settled_frames = self.settled_readings = 0
         self.gapped_frames = self.gapped_readings = 0
+        self.alarm_frames = self.bulk_frames = self.gap_frames = 0  #: held, and found by their tables
+        self.bulk_thinned_to = self.normal_thinned_to = 0
         self.recorded: dict[int, Recorded] = {}
 
     def copy(self) -> Ledger:
@@ -214,6 +237,8 @@ class _ScanHead(msgspec.Struct, array_like=True, tag=0, gc=False):
 
 
 Head: TypeAlias = _ScanHead | GapFrame | EventFrame
+_Row: TypeAlias = "tuple[int, int, Head | None]"
+"""Of a frame: seq, readings, head."""
 
 _decode_head: Callable[[bytes], Head] = msgspec.msgpack.Decoder(_ScanHead | GapFrame | EventFrame).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -229,9 +254,14 @@ def frame_head(frame: bytes) -> Head | None:
         return None
 
 
-def row_crc(seq: int, readings: int, data: bytes) -> int:
-    """Covers the row's numbers too: any single flipped bit of them changes the start value."""
-    return zlib.crc32(data, (seq + readings) & 0xFFFFFFFF)
+def row_crc(seq: int, readings: int, data: bytes, priority: Priority = Priority.NORMAL) -> int:
+    """Covers the row's numbers and its priority too: any single flipped bit of them gives another value."""
+    return zlib.crc32(data, (seq + readings) & 0xFFFFFFFF) ^ _MARKS[priority]
+
+
+def row_priority(seq: int, readings: int, data: bytes, crc: int) -> Priority | None:
+    """What a row's CRC says it is; None: the row is damaged."""
+    return _BY_MARK.get(crc ^ zlib.crc32(data, (seq + readings) & 0xFFFFFFFF))
 
 
 def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -283,6 +313,16 @@ def joined(gaps: list[GapFrame], more: Sequence[GapFrame]) -> list[GapFrame]:
     return out
 
 
+class _Run(NamedTuple):
+    """Frames that make a batch."""
+
+    first: int
+    frames: list[bytes]
+    readings: int
+    bad: list[tuple[int, int, None]]  #: rows that fail their CRC: seq, readings
+    cursor: int  #: where to go on
+
+
 class Store:
     """One buffer file."""
 
@@ -296,7 +336,7 @@ class Store:
         self.short_of_disk = False  #: the cap is not our own but the free-disk floor
         self.oldest: tuple[int, int] | None = None  #: (boot, boot_ns) of the oldest held frame
         self.parked = 0
-        self._gateway = gateway
+        self.gateway = gateway
         self._limits = limits
         self._clock = clock
         self._conn: sqlite3.Connection | None = None
@@ -304,11 +344,17 @@ class Store:
         self._layouts: dict[int, bytes] = {}  #: msgpack, by id: everything that a frame here may name
         self._clocks: dict[int, ClockRow] = {}  #: by boot: the row to compute wall time from
         self._marks: list[tuple[ClockRow, int]] = []  #: clock rows with their next_seq, oldest first
-        self._retiring: dict[
-            int, int
-        ] = {}  #: boots without frames of their own: the seq below which gaps may name them
+        self._hold = Hold(limits.clock_hold_ns)
+        self._stopped_at_held = False  #: the last claim found nothing but frames that wait for their clock
+        self._retiring: dict[int, int] = {}  #: boots without own frames: the seq below which gaps may name them
         self._mark_id: int | None = None  #: the newest row, where it may be overwritten by the next minute's
         self._cursor = 1  #: all frames below are recorded, settled or gone
+        self._cursor_normal = 1  #: the same of all but bulk, where bulk is not to be sent
+        self._cursor_alarm = 1
+        self._evictable_from = 1  #: no normal frame below is left to evict
+        self._open_gaps: dict[gap_sums.Key, int] = {}  #: seqs of gap frames that may still grow
+        self._gaps_after = 0  #: how many gap frames were left when they were last summed up
+        self._thinning: dict[int, int] = {}  #: by layout: scans seen while thinning
         self._oldest_seq = 0
         self._wal_bytes = (
             0  #: how much the WAL may have grown since the last checkpoint (an estimate from above)
@@ -339,6 +385,9 @@ class Store:
                 if not _damaged(err) and _code(err) != sqlite3.SQLITE_ERROR:
                     raise
                 self._replace(str(err))
+        except SchemaUnknown as err:
+            self.close()
+            raise StoreUnusable(str(err)) from err
         except (sqlite3.Error, StoreRefusing) as err:
             self.close()
             raise StoreUnusable(
@@ -395,14 +444,16 @@ class Store:
             version = conn.execute("PRAGMA user_version").fetchone()[0]
             if version == 0 and not conn.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 self._create(conn)
-            elif version != SCHEMA_VERSION:
-                raise sqlite3.DatabaseError(f"schema version {version}; this agent knows {SCHEMA_VERSION}")
             else:
+                fit(conn, self.path)
                 self._quick_check(conn)
             # Per connection, so set at every open; the last line of defence, as `_make_room` stays well below it.
             most = (self._limits.max_bytes - self._limits.wal_bytes) // PAGE_BYTES
             conn.execute(f"PRAGMA max_page_count = {most}")
             self._load(conn)
+        except UnicodeDecodeError as err:  # SQLite quotes a damaged schema, which need not be text
+            conn.close()
+            raise sqlite3.DatabaseError(f"the schema is damaged: {err.reason}") from err
         except BaseException:
             conn.close()
             raise
@@ -443,7 +494,12 @@ class Store:
             if sqlite3.complete_statement(statement):
                 conn.execute(statement)
                 statement = ""
-        conn.execute("INSERT INTO ledger VALUES (1, ?, 1, ?, 0, 0, 0, 0, 0, 0)", (epoch, self.ledger.boot))
+        conn.execute(
+            "INSERT INTO ledger (id, epoch, next_seq, boot, kept_frames, kept_readings, settled_frames,"
+            " settled_readings, gapped_frames, gapped_readings) VALUES (1, ?, 1, ?, 0, 0, 0, 0, 0, 0)",
+            (epoch, self.ledger.boot),
+        )
+        conn.execute("INSERT INTO format VALUES (1, ?, ?)", (SCHEMA_VERSION, SCHEMA_VERSION))
         conn.executemany(
             "INSERT INTO layouts VALUES (?, ?)",
             [(key.to_bytes(8, "big"), data) for key, data in self._layouts.items()],
@@ -461,7 +517,8 @@ class Store:
         led = Ledger(row[1], row[3])
         led.next_seq = row[2]
         (led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings, led.gapped_frames,
-         led.gapped_readings) = row[4:10]  # fmt: skip
+         led.gapped_readings, led.alarm_frames, led.bulk_frames, led.gap_frames, led.bulk_thinned_to,
+         led.normal_thinned_to) = row[4:15]  # fmt: skip
         for batch in conn.execute("SELECT first, last, readings, bytes, clocks FROM batches ORDER BY first"):
             led.recorded[batch[0]] = Recorded(*batch)
         newest = conn.execute("SELECT max(seq) FROM frames").fetchone()[0] or 0
@@ -491,12 +548,15 @@ class Store:
                 conn.execute("ROLLBACK")
             raise
         reached("store.after_open")
+        for line, _ in marks:
+            if line.boot != led.boot:
+                self._hold.learn(synchronized=line.synchronized, wall_ns=line.wall_ns)
         _better(clocks, first)
         marks.append((first, led.next_seq))
         self.ledger, self._layouts, self._clocks, self._marks = led, layouts, clocks, marks
         self._mark_id = None
         self._retiring = {}
-        self._cursor = 1
+        self._forget_places()
         self.parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
         self._look_at_oldest(conn)
 
@@ -514,6 +574,11 @@ class Store:
         with contextlib.suppress(OSError):
             if noted_account(self.path) is None:
                 note_account(self.path, self.ledger, epoch_only=True)
+
+    def _forget_places(self) -> None:
+        """What was remembered of where things are, and may not be so any more."""
+        self._cursor = self._cursor_normal = self._cursor_alarm = self._evictable_from = 1
+        self._open_gaps, self._thinning, self._gaps_after = {}, {}, 0
 
     def _replace(self, why: str) -> None:
         """Set the damaged file aside and open a fresh one."""
@@ -578,15 +643,18 @@ class Store:
             yield conn, led
             conn.execute(
                 "UPDATE ledger SET next_seq = ?, kept_frames = ?, kept_readings = ?, settled_frames = ?,"
-                " settled_readings = ?, gapped_frames = ?, gapped_readings = ?",
+                " settled_readings = ?, gapped_frames = ?, gapped_readings = ?, alarm_frames = ?, bulk_frames = ?,"
+                " gap_frames = ?, bulk_thinned_to = ?, normal_thinned_to = ?",
                 (led.next_seq, led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings,
-                 led.gapped_frames, led.gapped_readings),
+                 led.gapped_frames, led.gapped_readings, led.alarm_frames, led.bulk_frames, led.gap_frames,
+                 led.bulk_thinned_to, led.normal_thinned_to),
             )  # fmt: skip
             self._write_batches(conn, led)
             reached("store.before_commit")
             conn.execute("COMMIT")
         except BaseException:
             self._mark_id = None  # its row may be gone with the transaction
+            self._forget_places()
             with contextlib.suppress(sqlite3.Error):
                 conn.execute("ROLLBACK")
             raise
@@ -633,16 +701,18 @@ class Store:
             if group.layouts:
                 self._add_layouts(conn, group.layouts)
             self._settle(conn, led, settled)
-            gaps = self._make_room(conn, led, group.size_bytes)
+            self._tell(conn, led, self._make_room(conn, led, group.size_bytes))
             first = led.next_seq
             for reading in group.clocks:
                 self._add_clock(conn, led, reading)
-            frames = [*map(encode_frame, gaps), *group.frames] if gaps else group.frames
-            readings = [0] * len(gaps) + group.readings if gaps else group.readings
+            frames, readings = group.frames, group.readings
             if frames:
-                self._insert(conn, led, frames, readings)
+                self._insert(conn, led, frames, readings, group.alarms, group.bulk)
             if live_room > 0 and frames and self._may_record(led):
-                made = self._cut_live(led, first, frames, readings, live_room)
+                count = group.alarms if self._waits(led.boot) else len(frames)
+                made = self._cut_live(led, first, frames[:count], readings[:count], live_room, group.alarms)
+            if group.alarms:
+                self._stopped_at_held = False  # these do not wait for the clock
             self._doubtful = (group, led.epoch, led.next_seq) if group.frames else None
         # The group is kept: from here on nothing may fail any more.
         self._doubtful = self._landed = None
@@ -652,19 +722,52 @@ class Store:
         return batches
 
     def _insert(
-        self, conn: sqlite3.Connection, led: Ledger, frames: Sequence[bytes], readings: Sequence[int]
+        self,
+        conn: sqlite3.Connection,
+        led: Ledger,
+        frames: Sequence[bytes],
+        readings: Sequence[int],
+        alarms: int = 0,
+        bulk: int = 0,
     ) -> None:
         reached("store.before_insert")
         crc = zlib.crc32
         seqs = range(led.next_seq, led.next_seq + len(frames))
-        conn.executemany(
-            "INSERT INTO frames VALUES (?, ?, ?, ?)",
-            [(s, n, crc(f, (s + n) & 0xFFFFFFFF), f) for s, n, f in zip(seqs, readings, frames, strict=True)],
-        )
+        rows = [
+            (s, n, crc(f, (s + n) & 0xFFFFFFFF), f) for s, n, f in zip(seqs, readings, frames, strict=True)
+        ]
+        if alarms:
+            rows[:alarms] = [(s, n, c ^ ALARM_MARK, f) for s, n, c, f in rows[:alarms]]
+            conn.executemany("INSERT INTO alarms VALUES (?)", zip(seqs[:alarms]))
+            led.alarm_frames += alarms
+        if bulk:
+            rows[-bulk:] = [(s, n, c ^ BULK_MARK, f) for s, n, c, f in rows[-bulk:]]
+            conn.executemany("INSERT INTO bulk VALUES (?)", zip(seqs[-bulk:]))
+            led.bulk_frames += bulk
+        conn.executemany("INSERT INTO frames VALUES (?, ?, ?, ?)", rows)
+        if 0 in readings:  # no scan: a gap frame may be among them
+            found = [
+                (s,) for s, n, f in zip(seqs, readings, frames, strict=True) if not n and f[1:2] == _GAP_TAG
+            ]
+            if found:
+                conn.executemany("INSERT INTO gaps VALUES (?)", found)
+                led.gap_frames += len(found)
         led.next_seq = seqs.stop
         led.kept_frames += len(frames)
         led.kept_readings += sum(readings)
         reached("store.after_insert")
+
+    def _forget(self, conn: sqlite3.Connection, led: Ledger, ranges: Sequence[Range]) -> None:
+        """Delete frames, and where they are named."""
+        conn.executemany("DELETE FROM frames WHERE seq BETWEEN ? AND ?", ranges)
+        if led.alarm_frames:
+            led.alarm_frames -= conn.executemany(
+                "DELETE FROM alarms WHERE seq BETWEEN ? AND ?", ranges
+            ).rowcount
+        if led.bulk_frames:
+            led.bulk_frames -= conn.executemany("DELETE FROM bulk WHERE seq BETWEEN ? AND ?", ranges).rowcount
+        if led.gap_frames:
+            led.gap_frames -= conn.executemany("DELETE FROM gaps WHERE seq BETWEEN ? AND ?", ranges).rowcount
 
     def _add_layouts(self, conn: sqlite3.Connection, layouts: Sequence[Layout]) -> None:
         for layout in layouts:
@@ -692,11 +795,20 @@ class Store:
         _better(self._clocks, row)
 
     def _cut_live(
-        self, led: Ledger, first: int, frames: Sequence[bytes], readings: Sequence[int], room: int
+        self,
+        led: Ledger,
+        first: int,
+        frames: Sequence[bytes],
+        readings: Sequence[int],
+        room: int,
+        alarms: int,
     ) -> list[Recorded]:
+        """The newest, but alarms (which come first in a group) before all."""
         made = []
         runs = parts([len(f) + _FRAME_OVERHEAD for f in frames], self._budget(frames))
-        for start, end in runs[-room:]:
+        ahead = [run for run in runs if run[0] < alarms][:room]
+        rest = runs[len(ahead) :]
+        for start, end in ahead + rest[max(0, len(rest) - (room - len(ahead))) :]:
             made.append(self._record(led, first + start, frames[start:end], sum(readings[start:end])))
         return made
 
@@ -707,11 +819,37 @@ class Store:
 
     def _record(self, led: Ledger, first: int, frames: Sequence[bytes], readings: int) -> Recorded:
         _, boots = self._used(frames)
-        clocks = _encode(tuple(self._clocks[boot] for boot in sorted(boots) if boot in self._clocks))
+        clocks = _encode(
+            tuple(self._clocks[boot] for boot in sorted(self._telling(boots)) if boot in self._clocks)
+        )
         size = sum(map(len, frames)) + _FRAME_OVERHEAD * len(frames)
         record = Recorded(first, first + len(frames) - 1, readings, size, clocks)
         led.recorded[first] = record
         return record
+
+    def _telling(self, boots: set[int]) -> set[int]:
+        """These boots, and for one that is not synchronized the synchronized ones before and after it: from their rows
+        the cloud computes between which times it was."""
+        told = set(boots)
+        dated = sorted(boot for boot, row in self._clocks.items() if row.synchronized)
+        for boot in boots.difference(dated):
+            told.update([other for other in dated if other < boot][-1:], [b for b in dated if b > boot][:1])
+        return told
+
+    def _waits(self, boot: int) -> bool:
+        """Whether frames of this boot wait for a synchronized clock."""
+        row = self._clocks.get(boot)
+        if row is not None and row.synchronized:
+            return False
+        now = self._clocks.get(self.ledger.boot)
+        if now is not None and now.synchronized:  # an earlier boot that never was will never be
+            return False
+        return self._hold.waits(self._clock.read())
+
+    @property
+    def waiting(self) -> bool:
+        """Whether all that is left to claim waits for a synchronized clock. Any thread."""
+        return self._stopped_at_held and self._waits(self.ledger.boot)
 
     def _used(self, frames: Sequence[bytes]) -> tuple[list[int], set[int]]:
         """The layouts (in order of first use) and the boots that frames name."""
@@ -729,7 +867,7 @@ class Store:
     def _seal(self, r: Recorded, frames: Sequence[bytes]) -> Batch:
         layouts, _ = self._used(frames)
         sealed = seal(
-            self._gateway,
+            self.gateway,
             self.ledger.epoch,
             r.first,
             frames,
@@ -760,7 +898,7 @@ class Store:
             reached("store.before_settle")
             frames, readings = self._count(conn, first, last)
             if frames:
-                conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+                self._forget(conn, led, [(first, last)])
                 reached("store.after_settle")
                 led.settled_frames += frames
                 led.settled_readings += readings
@@ -793,42 +931,87 @@ class Store:
         """The batches with fixed bounds, oldest first: after a restart, all of them are sent again."""
         return sorted(self.ledger.recorded.values(), key=lambda r: r.first)
 
+    def layout_data(self, key: int) -> bytes | None:
+        return self._layouts.get(key)
+
     def bounds(self) -> list[Bounds]:
         """What names them, for whoever sends."""
         return [Bounds(self.ledger.epoch, r.first, r.last) for r in self.recorded()]
 
-    def claim(self, count: int, settled: Sequence[Range]) -> list[Batch]:
-        """Cut and record up to `count` batches of the oldest frames that are in none, in one transaction with the
-        acks that came. Raises `StoreRefusing`."""
+    def claim(self, count: int, settled: Sequence[Range], lowest: Priority = Priority.BULK) -> list[Batch]:
+        """Cut and record up to `count` batches of frames that are in none, in one transaction with the acks that came:
+        alarms first, then the oldest; none below the priority `lowest`. Raises `StoreRefusing`."""
         with self._refusing():
-            return self._claim(count, settled)
+            return self._claim(count, settled, lowest)
 
-    def _claim(self, count: int, settled: Sequence[Range]) -> list[Batch]:
+    def _claim(self, count: int, settled: Sequence[Range], lowest: Priority) -> list[Batch]:
         cut: list[tuple[Recorded, list[bytes]]] = []
-        cursor = self._cursor
+        alarms, normal, every = self._cursor_alarm, self._cursor_normal, self._cursor
         with self._transaction() as (conn, led):
             self._settle(conn, led, settled)
             gaps: list[GapFrame] = []
             while len(cut) < count and led.loose_frames > 0 and self._may_record(led):
-                first, frames, readings, bad, cursor = self._next_run(conn, led, cursor)
-                if bad:
-                    gaps += self._discard(conn, led, bad, "corrupt")
-                if frames:
-                    cut.append((self._record(led, first, frames, readings), frames))
-                elif not bad:
-                    if cursor >= led.next_seq and not led.recorded:
+                run = None
+                if led.alarm_frames:
+                    run, alarms = self._next_alarms(conn, led, alarms, lowest)
+                if run is None and lowest is Priority.BULK:
+                    run = self._next_run(conn, led, every, lowest)
+                    every = run.cursor
+                elif run is None and lowest is Priority.NORMAL:
+                    run = self._next_run(conn, led, normal, lowest)
+                    normal = run.cursor
+                if run is None:
+                    break
+                if run.bad:
+                    gaps += self._discard(conn, led, run.bad, "corrupt")
+                if run.frames:
+                    cut.append((self._record(led, run.first, run.frames, run.readings), run.frames))
+                elif not run.bad:
+                    if lowest is Priority.BULK and every >= led.next_seq and not led.recorded:
                         gaps += self._missing(led)
                     break
-            if gaps:
-                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
-        self._cursor = cursor
+            self._tell(conn, led, gaps)
+        self._cursor_alarm, self._cursor_normal, self._cursor = alarms, normal, every
         batches = self._seal_all(cut)
         self._after_commit()
         return batches
 
-    def _next_run(
-        self, conn: sqlite3.Connection, led: Ledger, cursor: int
-    ) -> tuple[int, list[bytes], int, list[tuple[int, int, None]], int]:
+    def _next_alarms(
+        self, conn: sqlite3.Connection, led: Ledger, cursor: int, lowest: Priority
+    ) -> tuple[_Run | None, int]:
+        """The oldest loose alarms as one batch, with what stands closely between them; None where there are none."""
+        for first, last in self._loose_ranges(led, cursor):
+            row = conn.execute(
+                "SELECT min(seq) FROM alarms WHERE seq BETWEEN ? AND ?", (first, last)
+            ).fetchone()
+            if row[0] is None:
+                continue
+            run = self._run(
+                conn, row[0], last + 1, lowest, hop_bytes=_HOP_BYTES if lowest is not Priority.ALARM else 0
+            )
+            if run.frames or run.bad:
+                return run, row[0]
+            conn.execute(
+                "DELETE FROM alarms WHERE seq = ?", row
+            )  # it names no alarm: damage of the table itself
+            led.alarm_frames = max(0, led.alarm_frames - 1)
+            return None, row[0]
+        return None, led.next_seq
+
+    @staticmethod
+    def _loose_ranges(led: Ledger, start: int, below: int | None = None) -> Iterator[Range]:
+        """The ranges of seqs between the recorded batches, from `start` on."""
+        stop = led.next_seq if below is None else below
+        for r in sorted(led.recorded.values(), key=lambda r: r.first):
+            if r.last < start:
+                continue
+            if start < min(r.first, stop):
+                yield start, min(r.first, stop) - 1
+            start = r.last + 1
+        if start < stop:
+            yield start, stop - 1
+
+    def _next_run(self, conn: sqlite3.Connection, led: Ledger, cursor: int, lowest: Priority) -> _Run:
         """The next run of loose frames that makes one batch, and the rows at its end that fail their CRC."""
         ahead = led.next_seq
         for r in sorted(led.recorded.values(), key=lambda r: r.first):
@@ -843,36 +1026,70 @@ class Store:
                     ahead = r.first
                     break
                 cursor = r.last + 1
+        return self._run(conn, cursor, ahead, lowest)
+
+    def _run(
+        self,
+        conn: sqlite3.Connection,
+        cursor: int,
+        ahead: int,
+        lowest: Priority,
+        hop_bytes: int | None = None,
+    ) -> _Run:
+        """Frames from `cursor` on and below `ahead` that make one batch. With `hop_bytes` they begin and end with an
+        alarm, and no more than so much stands between two of them."""
         first, readings, size = 0, 0, 0
         frames: list[bytes] = []
         bad: list[tuple[int, int, None]] = []
         known: set[int] = set()
+        whole = (0, 0, 0)  #: frames, readings and bytes up to the last alarm
+        undated = self._waits(self.ledger.boot)  # an alarm is worth more now than with its exact time
+        held = False
         rows = conn.execute(
             "SELECT seq, readings, crc, data FROM frames WHERE seq >= ? AND seq < ? ORDER BY seq",
             (cursor, ahead),
         )
         for seq, n, crc, data in rows:
-            if crc != row_crc(seq, n, data):
-                bad.append((seq, n, None))
-                cursor = seq + 1
+            priority = row_priority(seq, n, data, crc)
+            if priority is None:
+                if hop_bytes is None or not frames:
+                    bad.append((seq, n, None))
+                    cursor = seq + 1
                 break
             if frames and seq != first + len(frames):
                 break
+            if priority is Priority.BULK and lowest is not Priority.BULK:
+                if frames or hop_bytes is not None:
+                    break
+                cursor = seq + 1
+                continue
             size += len(data) + _FRAME_OVERHEAD
             head = frame_head(data)
+            if undated and priority is not Priority.ALARM and head is not None and self._waits(head.boot):
+                held = not frames and hop_bytes is None
+                break
             if isinstance(head, _ScanHead) and head.layout not in known:
                 known.add(head.layout)
                 size += len(self._layouts.get(head.layout, b""))
             if frames and (size > BATCH_BYTES or len(frames) >= MAX_FRAMES):
                 break
+            if hop_bytes is not None and priority is not Priority.ALARM and size - whole[2] > hop_bytes:
+                break
             first = first or seq
             frames.append(data)
             readings += n
             cursor = seq + 1
+            if priority is Priority.ALARM:
+                whole = (len(frames), readings, size)
         rows.close()
-        if not frames and not bad:
+        if hop_bytes is not None:
+            del frames[whole[0] :]
+            readings = whole[1]
+        if hop_bytes is None:
+            self._stopped_at_held = held
+        if not frames and not bad and not held:
             cursor = ahead
-        return first, frames, readings, bad, cursor
+        return _Run(first, frames, readings, bad, cursor)
 
     def rebuild(self, first: int, last: int) -> list[Batch]:
         """The same bytes again for a recorded batch; where rows have gone bad meanwhile, narrower batches around
@@ -900,7 +1117,7 @@ class Store:
                         self._gap(lost[0], lost[-1], len(lost), max(0, r.readings - held), "corrupt", [])
                     )
                 made = self._narrow(conn, led, r, left)
-                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
+                self._tell(conn, led, gaps)
             cut += [(m, [good[s] for s in range(m.first, m.last + 1)]) for m in made]
         return self._seal_all(cut)
 
@@ -911,7 +1128,7 @@ class Store:
             "SELECT seq, readings, crc, data FROM frames WHERE seq BETWEEN ? AND ? ORDER BY seq",
             (r.first, r.last),
         ):
-            if crc == row_crc(seq, n, data):
+            if row_priority(seq, n, data, crc) is not None:
                 good[seq] = data
             else:
                 bad.append((seq, n))
@@ -949,7 +1166,7 @@ class Store:
             gaps = self._discard(conn, led, [(seq, readings, frame_head(data))], "refused")
             reached("store.after_park")
             if data[1:2] != _GAP_TAG:
-                self._insert(conn, led, [*map(encode_frame, gaps)], [0] * len(gaps))
+                self._tell(conn, led, gaps)
         self.parked = min(self.parked + 1, _PARKED_MAX)
         return readings
 
@@ -971,7 +1188,7 @@ class Store:
             reached("store.before_evict")
             run = rows[start:i]
             first, last = run[0][0], run[-1][0]
-            conn.execute("DELETE FROM frames WHERE seq BETWEEN ? AND ?", (first, last))
+            self._forget(conn, led, [(first, last)])
             reached("store.after_evict")
             heads = [head for _, _, head in run if isinstance(head, _ScanHead)]
             readings = sum(n for _, n, _ in run)
@@ -999,6 +1216,111 @@ class Store:
         data = self._layouts.get(layout)
         return _decode_layout(data).device if data else ""
 
+    def _drop(
+        self, conn: sqlite3.Connection, led: Ledger, rows: Sequence[_Row], reason: str, priority: Priority
+    ) -> list[GapFrame]:
+        """As `_discard`, for frames of one priority that were never sent: where their seqs are torn into many runs,
+        one sparse gap per boot says it."""
+        reached("store.before_drop")
+        runs: list[list[_Row]] = []
+        for row in rows:
+            if runs and runs[-1][-1][0] + 1 == row[0] and _boot(runs[-1][-1][2]) == _boot(row[2]):
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        self._forget(conn, led, [(run[0][0], run[-1][0]) for run in runs])
+        reached("store.after_drop")
+        if len(runs) > _RUNS_TOLD:
+            by_boot: dict[int, list[_Row]] = {}
+            for run in runs:
+                by_boot.setdefault(_boot(run[0][2]), []).extend(run)
+            runs = list(by_boot.values())
+        gaps = []
+        for run in runs:
+            heads = [head for _, _, head in run if isinstance(head, _ScanHead)]
+            unread = sum(head is None for _, _, head in run)
+            readings = sum(n for _, n, _ in run)
+            gap = self._gap(run[0][0], run[-1][0], len(heads) + unread, readings, reason, heads)
+            gaps.append(msgspec.structs.replace(gap, priority=priority.value, frames=len(run)))
+            led.gapped_frames += len(run)
+            led.gapped_readings += readings
+        return gaps
+
+    def _tell(self, conn: sqlite3.Connection, led: Ledger, gaps: list[GapFrame]) -> None:
+        """Keep gap records: by letting one that was not sent grow, else as new frames."""
+        new = [
+            gap
+            for gap in gap_sums.summed(gaps)
+            if gap.reason not in gap_sums.SPARSE or not self._grow(conn, led, gap)
+        ]
+        if not new:
+            return
+        for seq, gap in enumerate(new, led.next_seq):
+            if gap.reason in gap_sums.SPARSE:
+                self._open_gaps[gap_sums.key_of(gap)] = seq
+        self._insert(conn, led, [*map(encode_frame, new)], [0] * len(new))
+
+    def _grow(self, conn: sqlite3.Connection, led: Ledger, gap: GapFrame) -> bool:
+        seq = self._open_gaps.get(gap_sums.key_of(gap), 0)
+        if not seq or any(r.first <= seq <= r.last for r in led.recorded.values()):
+            return False
+        held = self._gap_at(conn, seq)
+        if held is None or not gap_sums.mergeable(held, gap):
+            return False
+        grown = gap_sums.merged(held, gap)
+        if grown.to_boot_ns - grown.from_boot_ns > gap_sums.SPAN_NS:
+            return False
+        self._rewrite(conn, seq, grown)
+        return True
+
+    @staticmethod
+    def _gap_at(conn: sqlite3.Connection, seq: int) -> GapFrame | None:
+        row = conn.execute("SELECT readings, crc, data FROM frames WHERE seq = ?", (seq,)).fetchone()
+        if row is None or row_priority(seq, row[0], row[2], row[1]) is None:
+            return None
+        head = frame_head(row[2])
+        return head if isinstance(head, GapFrame) else None
+
+    @staticmethod
+    def _rewrite(conn: sqlite3.Connection, seq: int, gap: GapFrame) -> None:
+        """A gap frame in no recorded batch was never sent, so its content is not fixed yet."""
+        data = encode_frame(gap)
+        conn.execute("UPDATE frames SET crc = ?, data = ? WHERE seq = ?", (row_crc(seq, 0, data), data, seq))
+
+    def _sum_up(self, conn: sqlite3.Connection, led: Ledger) -> None:
+        """Make as few of the unsent gap frames as say the same. The seqs of the others are gone, which a gap says."""
+        first: dict[gap_sums.Key, tuple[int, GapFrame]] = {}
+        grown: set[gap_sums.Key] = set()
+        gone: list[int] = []
+        for start, end in self._loose_ranges(led, 1):
+            seqs = conn.execute("SELECT seq FROM gaps WHERE seq BETWEEN ? AND ? ORDER BY seq", (start, end))
+            for (seq,) in seqs.fetchall():
+                gap = self._gap_at(conn, seq)
+                if gap is None:
+                    continue
+                key = gap_sums.key_of(gap)
+                held = first.get(key)
+                if held is None or not gap_sums.mergeable(held[1], gap, torn=True):
+                    if held is not None and key in grown:
+                        self._rewrite(conn, *held)
+                        grown.discard(key)
+                    first[key] = (seq, gap)
+                    continue
+                first[key] = (held[0], gap_sums.merged(held[1], gap))
+                grown.add(key)
+                gone.append(seq)
+        for key in grown:
+            self._rewrite(conn, *first[key])
+        self._open_gaps = {key: seq for key, (seq, _) in first.items()}
+        if gone:
+            self._forget(conn, led, [(seq, seq) for seq in gone])
+            led.gapped_frames += len(gone)
+            now_ns = self._clock.boot_ns()
+            self._tell(conn, led, [
+                GapFrame(led.epoch, gone[0], gone[-1], 0, 0, "merged", "", led.boot, now_ns, now_ns, "", len(gone))
+            ])  # fmt: skip
+        self._gaps_after = led.gap_frames
+
     def _missing(self, led: Ledger) -> list[GapFrame]:
         """The table is empty and the ledger says otherwise: rows were lost to damage that no check saw."""
         frames, readings = led.held_frames, led.held_readings
@@ -1021,19 +1343,55 @@ class Store:
         self.evicting = False
         if over > 0:
             over += cap // _EVICT_SLACK
+        if over > 0 and need and led.gap_frames > self._gaps_after + _GAPS_MOST:
+            self._sum_up(conn, led)
+            over = _used_pages(conn) + need - cap + cap // _EVICT_SLACK
         while over > 0 and need:
-            want_bytes = min(over * PAGE_BYTES, _EVICT_STEP_BYTES)
-            rows = self._oldest_loose(conn, led, want_bytes, led.next_seq)
-            if not rows:
+            more = self._give_way(conn, led, min(over * PAGE_BYTES, _EVICT_STEP_BYTES))
+            if not more:
                 raise StoreFull(
                     f"the buffer is full ({self._limits.max_bytes >> 20} MiB) of what has been sent and waits"
                     " for its ack; raise buffer.max_mb",
                     "buffer_full",
                 )
             self.evicting = True
-            gaps = joined(gaps, self._discard(conn, led, rows, "evicted"))
+            gaps = gap_sums.summed(gaps + more)
             over = _used_pages(conn) + need - cap
         return gaps
+
+    def _give_way(self, conn: sqlite3.Connection, led: Ledger, want_bytes: int) -> list[GapFrame]:
+        """Drop about so much of the lowest priority of which there is any, thinned first where that is wanted."""
+        for priority in (Priority.BULK, Priority.NORMAL, Priority.ALARM):
+            if self._limits.thin_keep and priority is not Priority.ALARM:
+                thinned = self._thin(conn, led, priority, want_bytes)
+                if thinned:
+                    return self._drop(conn, led, thinned, "thinned", priority)
+            rows = list(self._oldest_loose(conn, led, priority, want_bytes, led.next_seq))
+            if rows:
+                return self._drop(conn, led, rows, "evicted", priority)
+        return []
+
+    def _thin(self, conn: sqlite3.Connection, led: Ledger, priority: Priority, want_bytes: int) -> list[_Row]:
+        """The scans to drop of the oldest that were not thinned yet; where there are such, never an empty list."""
+        keep = self._limits.thin_keep
+        start = led.bulk_thinned_to if priority is Priority.BULK else led.normal_thinned_to
+        while True:
+            dropped: list[_Row] = []
+            seen = 0
+            for seq, readings, head in self._oldest_loose(
+                conn, led, priority, want_bytes, led.next_seq, start
+            ):
+                seen, start = seen + 1, seq + 1
+                if isinstance(head, _ScanHead):
+                    count = self._thinning[head.layout] = self._thinning.get(head.layout, 0) + 1
+                    if count % keep:
+                        dropped.append((seq, readings, head))
+            if priority is Priority.BULK:
+                led.bulk_thinned_to = start
+            else:
+                led.normal_thinned_to = start
+            if dropped or not seen:
+                return dropped
 
     def _cap_pages(self, conn: sqlite3.Connection, need_bytes: int) -> int:
         """The file's cap in pages now: its own, or less where the file may not grow because the disk is short, or
@@ -1057,24 +1415,69 @@ class Store:
         return min(cap, floor)
 
     def _oldest_loose(
-        self, conn: sqlite3.Connection, led: Ledger, want_bytes: int, below: int
-    ) -> list[tuple[int, int, Head | None]]:
-        """The oldest frames in no recorded batch, `want_bytes` of them; never gap frames: they are the account."""
-        rows: list[tuple[int, int, Head | None]] = []
+        self,
+        conn: sqlite3.Connection,
+        led: Ledger,
+        priority: Priority,
+        want_bytes: int,
+        below: int,
+        start: int = 1,
+    ) -> list[_Row]:
+        """The oldest frames of a priority in no recorded batch, `want_bytes` of them; never gap frames: they are the
+        account. What a table says of a frame is believed only where its CRC says so too."""
+        rows: list[_Row] = []
+        astray: list[tuple[int, Priority]] = []
         size = 0
-        recorded = sorted((r.first, r.last) for r in led.recorded.values())
-        found = conn.execute("SELECT seq, readings, data FROM frames WHERE seq < ? ORDER BY seq", (below,))
-        for seq, readings, data in found:
-            while recorded and seq > recorded[0][1]:
-                recorded.pop(0)
-            if (recorded and seq >= recorded[0][0]) or data[1:2] == _GAP_TAG:
-                continue
-            rows.append((seq, readings, frame_head(data)))
-            size += len(data) + _FRAME_OVERHEAD
+        table = _TABLES.get(priority)
+        if (table == "alarms" and not led.alarm_frames) or (table == "bulk" and not led.bulk_frames):
+            return rows
+        where = "seq BETWEEN ? AND ?"
+        if table:
+            sql = f"SELECT seq, f.readings, f.crc, f.data FROM {table} CROSS JOIN frames f USING (seq)"  # noqa: S608
+        else:
+            sql = "SELECT seq, readings, crc, data FROM frames"
+            start = max(start, self._evictable_from)
+            if led.alarm_frames or led.bulk_frames:
+                where += " AND seq NOT IN (SELECT seq FROM alarms) AND seq NOT IN (SELECT seq FROM bulk)"
+        for between in self._loose_ranges(led, start, below):
             if size >= want_bytes:
                 break
-        found.close()
+            found = conn.execute(f"{sql} WHERE {where} ORDER BY seq", between)
+            for seq, readings, crc, data in found:
+                if data[1:2] == _GAP_TAG:
+                    continue
+                told = row_priority(seq, readings, data, crc)
+                if told is not None and told is not priority:
+                    astray.append((seq, told))
+                    continue
+                rows.append((seq, readings, frame_head(data)))
+                size += len(data) + _FRAME_OVERHEAD
+                if size >= want_bytes:
+                    break
+            found.close()
+        if astray:
+            self._put_right(conn, led, astray, priority)
         return rows
+
+    def _put_right(
+        self, conn: sqlite3.Connection, led: Ledger, astray: Sequence[tuple[int, Priority]], was: Priority
+    ) -> None:
+        """The tables that find alarms and bulk disagree with the frames themselves: a damage that costs nothing."""
+        log.warning(
+            "buffer %s: %d frames were not where their priority is; put right", self.path, len(astray)
+        )
+        for seq, told in astray:
+            for table, change in (
+                (_TABLES.get(was), "DELETE FROM {} WHERE seq = ?"),
+                (_TABLES.get(told), "INSERT OR IGNORE INTO {} VALUES (?)"),
+            ):
+                if table:
+                    changed = conn.execute(change.format(table), (seq,)).rowcount
+                    changed = -changed if change.startswith("DELETE") else changed
+                    if table == "alarms":
+                        led.alarm_frames += changed
+                    else:
+                        led.bulk_frames += changed
 
     def _evict_older(self, conn: sqlite3.Connection, led: Ledger) -> list[GapFrame]:
         """Age by the clock table: exact within this boot; across boots only where both clocks were synchronized."""
@@ -1091,7 +1494,12 @@ class Store:
                 below = max(below, next_seq)
         if below <= self._oldest_seq or not self._oldest_seq:
             return []
-        return self._discard(conn, led, self._oldest_loose(conn, led, _EVICT_STEP_BYTES, below), "expired")
+        gaps = []
+        for priority in Priority:
+            rows = self._oldest_loose(conn, led, priority, _EVICT_STEP_BYTES, below)
+            if rows:
+                gaps += self._drop(conn, led, rows, "expired", priority)
+        return gaps
 
     # --- upkeep ---
 
@@ -1124,15 +1532,17 @@ class Store:
             self._wal_bytes = 0
 
     def _thin_clock(self, conn: sqlite3.Connection) -> None:
-        """Forget the clock rows of boots that no held frame names. A gap names the boot of what it reports and stands
-        behind later boots' frames: a boot is forgotten once all is gone that was held when its own frames were."""
+        """Forget the clock rows of boots that no held frame names, but for the last that was synchronized: it bounds
+        the times of a later boot that is not. A gap names the boot of what it reports and stands behind later boots'
+        frames: a boot is forgotten once all is gone that was held when its own frames were."""
         oldest = min(self.oldest[0] if self.oldest else self.ledger.boot, self.ledger.boot)
         for boot in {row.boot for row, _ in self._marks if row.boot < oldest}:
             self._retiring.setdefault(boot, self.ledger.next_seq)
         held_from = self._oldest_seq or self.ledger.next_seq
         gone = {boot for boot, upto in self._retiring.items() if upto <= held_from}
+        gone.discard(max((boot for boot in gone if self._clocks[boot].synchronized), default=-1))
         if gone:
-            conn.executemany("DELETE FROM clock WHERE boot = ?", [(boot,) for boot in gone])
+            conn.executemany("DELETE FROM clock WHERE boot = ?", [(boot,) for boot in sorted(gone)])
             self._marks = [mark for mark in self._marks if mark[0].boot not in gone]
             self._clocks = {boot: row for boot, row in self._clocks.items() if boot not in gone}
             for boot in gone:

@@ -111,6 +111,14 @@ class ValueType(enum.StrEnum):
     STR = "str"
 
 
+class Priority(enum.StrEnum):
+    """How much a reading matters where not everything can be kept or sent."""
+
+    ALARM = "alarm"  #: committed within 100 ms, sent first, dropped last
+    NORMAL = "normal"
+    BULK = "bulk"  #: dropped first
+
+
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One configured value of a device; a driver's own point adds where to find it (register, field, object id).
 
@@ -128,6 +136,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stuck_after_s: float | None = None  #: unchanged for longer than this is doubtful
     not_available: tuple[int | float, ...] = ()  #: RAW values that mean "no value here" (0x7FFF, 0x8000, ...)
     one_of: tuple[float, ...] | None = None  #: the only values that are valid
+    priority: Priority | None = None  #: unset: the device's
 
 
 class Scan(msgspec.Struct, frozen=True, gc=False):

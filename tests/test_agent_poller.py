@@ -28,6 +28,7 @@ from drivers.contract import (
     Driver,
     Point,
     PointRefused,
+    Priority,
     PushDriver,
     Reason,
     Scan,
@@ -59,6 +60,7 @@ class ListStore:
         self.boot = 1
         self.full = False
         self.frames: list[bytes] = []
+        self.priorities: list[Priority] = []
         self.readings = 0
         self.gaps: list[tuple[str, str, int, int]] = []
         self.events: list[tuple[str, str]] = []
@@ -67,10 +69,11 @@ class ListStore:
     def register(self, layout: Layout) -> Packing:
         return self._packings.setdefault(layout_id(layout), Packing(layout))
 
-    def append(self, frame: bytes, readings: int) -> bool:
+    def append(self, frame: bytes, readings: int, priority: Priority = Priority.NORMAL) -> bool:
         if self.full:
             return False
         self.frames.append(frame)
+        self.priorities.append(priority)
         self.readings += readings
         return True
 
