@@ -46,16 +46,16 @@ def buffer(context: click.Context, file: Path, state_dir: Path | None, *, as_jso
 
     place: _Place = context.obj
     try:
-        held = buffer_look.look(place.folder)
+        files, damaged = buffer_look.look(place.folder)
     except buffer_look.LookError as err:
         _fail(str(err))
-    status = status_file.read(place.folder)
-    running = is_locked(place.folder)
-    told = buffer_look.account(held, status if running else None, time.time_ns())
+    told = buffer_look.account(
+        place.folder, files, damaged, status_file.read(place.folder), running=is_locked(place.folder)
+    )
     if place.as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
     else:
-        for line in buffer_look.lines(told):
+        for line in buffer_look.lines(told, time.time_ns()):
             click.echo(line)
     sys.exit(1 if told.trouble else 0)
 
@@ -94,6 +94,33 @@ def export(place: _Place, target: Path) -> None:
                 f"{done.damaged_rows} damaged rows are left out; the agent reports them as gaps", err=True
             )
     sys.exit(1 if done.damaged_rows else 0)
+
+
+@buffer.command("drop-damaged")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def drop_damaged(place: _Place, *, yes: bool) -> None:
+    """Remove the damaged files that were set aside and brought back as far as they could be."""
+    from agent import salvage
+
+    path = place.folder / "buffer.db"
+    sets = salvage.damaged_sets(path)
+    done = [one for one in sets if one.told]
+    for one in sets:
+        if not one.told:
+            click.echo(f"{one.path.name} stays: the agent is not done with it", err=True)
+    if not done:
+        click.echo("nothing to drop")
+        return
+    for one in done:
+        click.echo(f"{one.path.name}, {one.size_bytes / _MB:,.1f} MB: {one.told}")
+    if not yes and not click.confirm("Remove for good?", default=False):
+        sys.exit(1)
+    try:
+        gone = salvage.drop_damaged(path)
+    except OSError as err:
+        _fail(f"{err.filename}: {err.strerror}")
+    click.echo(f"{len(gone)} removed, {sum(one.size_bytes for one in gone) / _MB:,.1f} MB")
 
 
 def _gateway(place: _Place) -> str:
