@@ -511,6 +511,8 @@ class World:
                 period_s=spec.period_s, phase_s=0.1 * len(self._poll_tasks), deadline_s=5.0,
                 build=lambda spec=spec: SimDriver(self, spec),  # type: ignore[misc]  # bound now, not later
             )  # fmt: skip
+            if "priority" in Plan.__struct_fields__:
+                plan = msgspec.structs.replace(plan, priority=drivers.contract.Priority(spec.priority))
             gauge = Gauge(DeviceHealth(name=spec.name, driver="simulated"), self.clock.true_ns)
             poller = DevicePoller(plan, driver, _Port(self, buffer, spec), gauge, rng)
             self._poll_tasks.append(self._on(machine, poller.run(), spec.name))

@@ -39,6 +39,7 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
     between_s: float = 300.0  #: mean time between two faults
     only: tuple[str, ...] = ()  #: these faults alone; empty: all
     small_buffer: bool | None = None  #: None: by the seed
+    sparse: bool = False  #: readings so rare that the buffer is empty between them
 
 
 # ------------------------------------------------------------------------------------------------- the faults
@@ -241,7 +242,7 @@ def run_random(seed: int, story: Story | None = None) -> Verdict:
         max_mb=4 if small else 64,
         ballast_kb=64,
         free_disk_mb=64,
-        commit_interval_s=rng.choice((0.5, 2.0, 10.0)),
+        commit_interval_s=0.5 if story.sparse else rng.choice((0.5, 2.0, 10.0)),
     )
     uplink = UplinkSettings(
         ack_timeout_s=rng.choice((3.0, 10.0)),
@@ -250,6 +251,8 @@ def run_random(seed: int, story: Story | None = None) -> Verdict:
     )
     world = World(seed, buffer=buffer, uplink=uplink)
     world.specs = _devices(rng, wide=small)
+    for spec in world.specs:
+        spec.period_s *= 15.0 if story.sparse else 1.0
 
     async def told(world: World) -> None:
         await _Tormentor(world, story).run(story.hours * 3_600)
