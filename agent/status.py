@@ -51,12 +51,24 @@ class LinkHealth(msgspec.Struct, kw_only=True):
     detour: str = ""  #: why the second way is used; "" while it is not
     why: str = ""
     cause: str = ""  #: why, in one word (`sync.uplink.LinkDown`), while it is down
+    held: str = ""  #: why and until when the metered link's rules hold back what is not urgent
     in_flight: int = 0
     acked_batches: int = 0  #: in this run
     resent_batches: int = 0
     refused_batches: int = 0
     ack_p50_ms: float | None = None
     ack_p99_ms: float | None = None
+    skew_s: float | None = None  #: this machine's clock less the cloud's, by the last ack; None: not told yet
+    skew_bound_s: float = 0.0  #: how far that may be off: half of the round trip
+
+
+class ClockHealth(msgspec.Struct, kw_only=True):
+    """How this machine's clock is."""
+
+    synchronized: bool = True  #: the kernel's word
+    error_s: float = 0.0  #: the most that it may be off, by the kernel; 0 where unknown
+    expected: bool = False  #: not synchronized in this boot, though it was in an earlier one or shows what cannot be
+    waiting: bool = False  #: readings wait for it
 
 
 class ConfigHealth(msgspec.Struct, kw_only=True):
@@ -132,6 +144,7 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     starts: int = 1  #: of the agent, on this state folder
     config: ConfigHealth = msgspec.field(default_factory=ConfigHealth)
     link: LinkHealth = msgspec.field(default_factory=LinkHealth)
+    clock: ClockHealth = msgspec.field(default_factory=ClockHealth)
     buffer: BufferState | None = None
     drain_eta_s: float | None = None  #: until the backlog is delivered at the recent pace; None: not known
     devices: list[DeviceHealth] = []
@@ -199,6 +212,7 @@ def problems(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[
         found += _buffer(status.buffer)
     if running is not False:
         found += _link(status.link, now_ns)
+        found += _clock(status.clock, status.link)
         for device in status.devices:
             found += _device(device, now_ns)
             found += _blocking(device, now_ns)
@@ -273,10 +287,43 @@ def _buffer(buffer: BufferState) -> Sequence[Problem]:
     if buffer.condition is not Condition.OK:
         code = buffer.cause or _BUFFER_CODES[buffer.condition]
         found.append(Problem(f"buffer: {buffer.condition.value}", buffer.detail, code))
+    for old in buffer.old:
+        if old.phase != "done":
+            found.append(
+                Problem(
+                    f"buffer: {old.name} was damaged and set aside; what is good in it is being looked for",
+                    "look at the disk (dmesg, smartctl); see headgate buffer",
+                    Code.BUFFER_SALVAGE,
+                )
+            )
+        elif old.held_readings:
+            found.append(
+                Problem(
+                    f"buffer: {old.held_readings:,} readings from the damaged {old.name} wait to be sent",
+                    "look at the disk (dmesg, smartctl); see headgate buffer",
+                    Code.BUFFER_SALVAGE,
+                )
+            )
     if buffer.parked_frames:
         found.append(Problem(f"buffer: {buffer.parked_frames:,} frames were refused by the cloud for good",
                              "see the cloud's log for the reason; they are kept aside",
                              Code.BUFFER_PARKED))  # fmt: skip
+    return found
+
+
+SKEW_S: Final = 5.0  #: between two clocks that are both right there is less than a second
+
+
+def _clock(clock: ClockHealth, link: LinkHealth) -> Sequence[Problem]:
+    reach = "let it reach a time server (NTP, UDP port 123), or set it: timedatectl set-time"
+    found = []
+    if clock.expected:
+        what = "readings wait for that" if clock.waiting else "the times of readings are estimates until then"
+        found.append(Problem(f"clock: not set yet since this start; {what}", reach, Code.CLOCK_UNSYNCHRONIZED))
+    skew_s = link.skew_s
+    if skew_s is not None and abs(skew_s) - link.skew_bound_s > SKEW_S:
+        where = "ahead of" if skew_s > 0 else "behind"
+        found.append(Problem(f"clock: {abs(skew_s):.0f} s {where} the cloud's", reach, Code.CLOCK_SKEW))
     return found
 
 
@@ -302,6 +349,14 @@ def _link_limits(link: LinkHealth) -> Sequence[Problem]:
                 f"link: the second way, {link.target}, is used: {link.detour}",
                 "nothing is lost; see why the first way does not work: network, host, port, firewall",
                 Code.LINK_FALLBACK,
+            )
+        )
+    if link.held:
+        found.append(
+            Problem(
+                f"link: readings are held back: {link.held}",
+                "they wait in the buffer; see [uplink.metered]",
+                Code.LINK_METERED,
             )
         )
     return found

@@ -7,6 +7,7 @@ import pytest
 from agent import metrics
 from agent.buffer import BufferState, Condition
 from agent.health import DeviceHealth, Gauge, State
+from agent.salvage import Told as OldEpoch
 from agent.status import AgentStatus, Code, ConfigHealth, LinkHealth, LinkState, RunState, problems
 from drivers.contract import Reason
 
@@ -14,12 +15,18 @@ S = 10**9
 NOW = 1_700_000_000 * S
 
 
-def buffer(condition: Condition = Condition.OK, cause: str = "", parked: int = 0) -> BufferState:
+def old(phase: str, held: int) -> OldEpoch:
+    return OldEpoch("buffer.db.damaged-1", 7, phase, 9, 90, 0, 0, 0, 0, held, 10 * held, 4096)
+
+
+def buffer(
+    condition: Condition = Condition.OK, cause: str = "", parked: int = 0, salvaged: tuple[OldEpoch, ...] = ()
+) -> BufferState:
     return BufferState(
         condition=condition, detail="what to do", epoch=1, next_seq=1, boot=1, kept_frames=10, kept_readings=100,
         settled_frames=5, settled_readings=50, gapped_frames=0, gapped_readings=0, pending_frames=0,
         pending_readings=0, overrun_scans=0, overrun_readings=0, parked_frames=parked, size_bytes=1, max_bytes=2,
-        oldest_age_s=1.0, commits=1, commit_s=0.0, commit_max_s=0.0, cause=cause,
+        oldest_age_s=1.0, commits=1, commit_s=0.0, commit_max_s=0.0, cause=cause, old=salvaged,
     )  # fmt: skip
 
 
@@ -76,6 +83,15 @@ def test_each_fault_has_a_code_of_its_own_with_words(code: str, wrong: dict[str,
     found = problems(status, running=True, now_ns=NOW)
     assert [problem.code for problem in found] == [code]
     assert found[0].text
+
+
+@pytest.mark.parametrize(
+    ("phase", "held", "wrong"), [("walk", 0, 1), ("carve", 5, 1), ("done", 5, 1), ("done", 0, 0)]
+)
+def test_a_damaged_file_is_told_until_what_was_in_it_is_delivered(phase: str, held: int, wrong: int) -> None:
+    status = well()
+    status.buffer = buffer(salvaged=(old(phase, held),))
+    assert [p.code for p in problems(status, running=True, now_ns=NOW)] == [Code.BUFFER_SALVAGE] * wrong
 
 
 def test_no_two_faults_share_a_code() -> None:
