@@ -142,7 +142,7 @@ async def test_a_backup_of_a_running_server_restores_all_that_was_acknowledged_b
             assert await running.send(1 + FRAMES * n) == 200
         await running.settled(kept + 5)
     ok, rows, absent = await verdict_of(tmp_path)
-    readings = (kept + 5) * FRAMES * POINTS
+    readings = (kept + 5) * FRAMES * len(POINTS)
     assert rows == [("archive", readings, 0, 0), ("embedded", readings, 0, 0)] or rows == [
         ("embedded", readings, 0, 0), ("archive", readings, 0, 0),
     ]  # fmt: skip

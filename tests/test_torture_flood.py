@@ -1,0 +1,14 @@
+"""The flood, for a few seconds at each door."""
+
+from __future__ import annotations
+
+from tests.torture import flood
+
+
+def test_a_gateway_at_a_hundred_times_its_quota_costs_the_others_at_most_twice_the_latency() -> None:
+    figures = flood.drill(6.0)
+    print(figures)
+    assert [f.door for f in figures] == ["mqtt", "http"]
+    assert all(f.flood_told_to_wait > 10 * f.flood_acknowledged for f in figures)
+    for one in figures:
+        flood.judge(one)
