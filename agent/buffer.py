@@ -114,6 +114,8 @@ class BufferState(msgspec.Struct, frozen=True):
     commit_s: float  #: how long the last commit took
     commit_max_s: float  #: the longest of this run
     cause: str = ""  #: why it is not well, where that is known: one of `agent.status.Code`
+    clock_expected: bool = False  #: this boot has no synchronized clock and should have
+    clock_waiting: bool = False  #: all that is left to send waits for it
     old: tuple[OldEpoch, ...] = ()  #: what comes back from damaged files, each under its own epoch
 
     @property
@@ -337,6 +339,8 @@ class Buffer:
             commit_s=self._commit_s,
             commit_max_s=self._commit_max_s,
             cause=self._cause,
+            clock_expected=self._store.clock_expected,
+            clock_waiting=self._store.waiting,
             old=self._salvages.told,
         )
 

@@ -125,9 +125,12 @@ class Hold:
         self.expected = self.expected or synchronized
         self._floor_ns = max(self._floor_ns, wall_ns)
 
+    def expects(self, now: ClockReading) -> bool:
+        return self.expected or now.wall_ns < self._floor_ns
+
     def waits(self, now: ClockReading) -> bool:
         """Asked for a frame that could be sent now, of a boot without a synchronized row."""
-        if self._hold_ns <= 0 or not (self.expected or now.wall_ns < self._floor_ns):
+        if self._hold_ns <= 0 or not self.expects(now):
             return False
         if self._asked_ns is None:
             self._asked_ns = now.boot_ns

@@ -43,9 +43,18 @@ from agent.forwarder import Forwarder, uplink_of
 from agent.health import DeviceHealth, Gauge, State
 from agent.learnt import Learnt
 from agent.loop_watch import LoopWatch, Stall
+from agent.metered import Meter
 from agent.poller import DevicePoller
 from agent.state import StateDirError, StateLock
-from agent.status import STATUS_EVERY_S, AgentStatus, ConfigHealth, LinkHealth, LinkState, RunState
+from agent.status import (
+    STATUS_EVERY_S,
+    AgentStatus,
+    ClockHealth,
+    ConfigHealth,
+    LinkHealth,
+    LinkState,
+    RunState,
+)
 from drivers.contract import ConfigError, LineClaim, boot_ns
 from sync.identity import GatewayName, IdentityError
 
@@ -448,8 +457,17 @@ class Daemon:
         if uplink is None:
             await asyncio.Event().wait()
         else:
-            self._forwarder = Forwarder(buffer, uplink, self._config.uplink, link, self._rng)
+            meter = await self._meter()
+            self._forwarder = Forwarder(buffer, uplink, self._config.uplink, link, self._rng, meter)
             await self._forwarder.run()
+
+    async def _meter(self) -> Meter | None:
+        settings = self._config.uplink
+        if not settings.metered.limits:
+            return None
+        meter = Meter(settings.metered, self._folder, keepalive_s=settings.keepalive_s)
+        await asyncio.to_thread(meter.load)
+        return meter
 
     async def _beat(self, buffer: Buffer) -> None:
         """The heartbeat: the status to the cloud, as soon as there is a way, then every `heartbeat_s`, and soon after
@@ -513,6 +531,13 @@ class Daemon:
         )  # fmt: skip
         if self._forwarder is not None:
             status.link = self._forwarder.tell()
+        now = self._clock.read()
+        status.clock = ClockHealth(
+            synchronized=now.synchronized,
+            error_s=round(now.error_ns / 1e9, 3),
+            expected=held.clock_expected,
+            waiting=held.clock_waiting,
+        )
         status.devices = [device.gauge.told(now_boot_ns) for device in self._devices.values()]
         status.rss_bytes = rss_bytes()
         status.cpu_s = round(time.process_time(), 3)

@@ -8,7 +8,8 @@ Rules:
 4. Trouble that is not the batch's own (credential, version, a cloud that refuses everything) parks nothing: it waits.
 5. Waits have full jitter. A silent cloud is asked by one batch at a time. One line when the way goes, one when it is
    back; tries in between are DEBUG.
-6. A batch that was alone on the way each time the connection broke is taken for what broke it, and halved: a broker
+6. What a metered link holds back waits in the buffer; what is urgent is cut alone and goes all the same.
+7. A batch that was alone on the way each time the connection broke is taken for what broke it, and halved: a broker
    may close on a message that it does not like and never say why (NATS above `max_payload`).
 """
 
@@ -27,6 +28,7 @@ import msgspec
 
 from agent.backoff import Backoff, full_jitter
 from agent.buffer import Buffer
+from agent.metered import HELD_REPORT_S, Meter, Verdict
 from agent.status import LinkHealth, LinkState
 from agent.store import Batch, Bounds
 from config.agent import Fallback
@@ -89,8 +91,13 @@ class Forwarder:
         settings: UplinkSettings,
         health: LinkHealth,
         rng: random.Random,
+        meter: Meter | None = None,
     ) -> None:
         self.health = health
+        self._meter = meter
+        self._verdict = Verdict()
+        self._urgent: set[Bounds] = set()  #: cut while all else was held back
+        self._reported_s = float("-inf")
         self._buffer = buffer
         self._uplink = uplink
         self._settings = settings
@@ -121,6 +128,8 @@ class Forwarder:
             while True:
                 try:
                     await self._uplink.open()
+                    if self._meter is not None:
+                        await self._meter.connected()
                     await self._session()
                 except LinkDown as err:
                     self._link_is_down(str(err), err.cause)
@@ -132,13 +141,20 @@ class Forwarder:
                 await asyncio.sleep(self._backoff.next_s(self._spread_s))
         finally:
             self._buffer.on_live = None
+            if self._meter is not None:
+                await self._meter.close()
 
     async def report(self, state: bytes) -> bool:
         """One heartbeat, best effort; False where the way is down."""
         if self.health.state is not LinkState.UP:
             return False
+        now_s = time.monotonic()
+        if self._held() and now_s - self._reported_s < HELD_REPORT_S:
+            return False
         try:
+            await self._pay(len(state))
             await self._uplink.report(state)
+            self._reported_s = now_s
         except LinkDown as err:
             self._lose(str(err), err.cause)
             return False
@@ -155,7 +171,8 @@ class Forwarder:
         self._fallen.clear()
         opened_s = time.monotonic()
         first_answers = self._answers
-        if not self._todo and not self._buffer.has_backlog:
+        self._urgent &= set(self._todo)
+        if self._held() or (not self._todo and not self._buffer.has_backlog):
             self._link_is_up()  # nothing will be answered now, so an open way has to do
         try:
             while self._lost is None:
@@ -195,6 +212,8 @@ class Forwarder:
             waits.append(self._ask_at_s - now_s)
         if not proven and self._suspects():
             waits.append(_PROOF_S)
+        if self._verdict.held:
+            waits.append(self._verdict.again_s)
         return min(waits) if waits else None
 
     def _suspects(self) -> list[Bounds]:
@@ -210,6 +229,9 @@ class Forwarder:
             return
         if any(self._drops.get(u.bounds, 0) >= _SUSPECT_AFTER for u in self._sending.values()):
             self._buffer.live_room = 0  # a suspect is on the way, and must be so alone
+            return
+        if self._held():
+            await self._fill_urgent()
             return
         suspects = self._suspects()
         window = 1 if suspects else max(2, self._settings.window)  # a lane each
@@ -235,6 +257,57 @@ class Forwarder:
             self._todo.remove(suspects[0])
             await self._send_suspect(suspects[0])
             return
+
+    def _held(self) -> bool:
+        """Whether the metered link's rules hold back all but what is urgent."""
+        meter = self._meter
+        if meter is None or (meter.only_fallback and not self._detour()):
+            self._verdict = Verdict()
+        else:
+            was = self._verdict.held
+            self._verdict = meter.verdict()
+            if self._verdict.held != was:
+                log.info(
+                    "%s", f"held back: {self._verdict.why}" if self._verdict.held else "nothing is held back"
+                )
+        self.health.held = self._verdict.why
+        return self._verdict.held
+
+    async def _fill_urgent(self) -> None:
+        """While all else is held back. A commit cuts nothing now: it would mix what may go with what may not."""
+        self._buffer.live_room = 0
+        lowest = None if self._meter is None else self._meter.rules.lowest
+        if lowest is None:
+            return
+        window = max(2, self._settings.window)
+        for bounds in [b for b in self._todo if b in self._urgent]:
+            if len(self._sending) >= window:
+                return
+            self._todo.remove(bounds)
+            batches = await self._buffer.rebuild(bounds)
+            self._urgent.update(b.bounds for b in batches)
+            self._todo.extendleft(b.bounds for b in reversed(batches[1:]))
+            for batch in batches[:1]:
+                self._start(batch, live=False)
+        while self._lost is None and len(self._sending) < window and self._buffer.has_backlog:
+            if time.monotonic() < self._ask_at_s:
+                return
+            batches = await self._buffer.claim(_CLAIM, lowest)
+            self._ask_at_s = 0.0 if batches else time.monotonic() + _ASK_AGAIN_S
+            self._urgent.update(b.bounds for b in batches)
+            for batch in batches:
+                self._start(batch, live=False)
+
+    async def _pay(self, size: int) -> None:
+        if self._meter is not None and (self._detour() or not self._meter.only_fallback):
+            await self._meter.message(size, https=self._uplink.name.startswith("https"))
+
+    def _detour(self) -> str:
+        return self._uplink.detour if isinstance(self._uplink, FailoverUplink) else ""
+
+    async def _send(self, batch: Batch) -> Ack:
+        await self._pay(len(batch.sealed.payload))
+        return await self._uplink.send(batch.sealed)
 
     def _offer_live(self, window: int, share: int) -> int:
         """Let commits cut what the window leaves beside the backlog's share; how much of that is under way."""
@@ -314,7 +387,7 @@ class Forwarder:
             ack: Ack | None
             try:
                 reached("forwarder.before_send")
-                ack = await self._uplink.send(under_way.batch.sealed)
+                ack = await self._send(under_way.batch)
             except AckTimeout:
                 self._drops.pop(under_way.bounds, None)  # the link outlived it
                 unanswered = unanswered + 1 if self._answers != heard else 0
@@ -360,7 +433,7 @@ class Forwarder:
                 await asyncio.sleep(self._jitter_s(tries))
                 tries += 1
                 try:
-                    return await self._uplink.send(under_way.batch.sealed)
+                    return await self._send(under_way.batch)
                 except AckTimeout as err:
                     self._cloud_is_silent(str(err), heard)
                     under_way.resends += 1
@@ -391,7 +464,11 @@ class Forwarder:
         self._spread_s = min(max(0, ack.spread_s), _LONGEST_SPREAD_S)
         self._drops.pop(under_way.bounds, None)
         self._alone.pop(under_way.bounds, None)
+        self._urgent.discard(under_way.bounds)
         self._latencies.append(took_s)
+        if ack.cloud_ns:  # the cloud looked at its clock somewhere between sending and now
+            self.health.skew_s = round((time.time_ns() - ack.cloud_ns) / 1e9 - took_s / 2, 3)
+            self.health.skew_bound_s = round(took_s / 2, 3)
         self.health.acked_batches += 1
         self._backoff.reset()
         self._link_is_up()
@@ -485,7 +562,7 @@ class Forwarder:
             self.health.ack_p50_ms = round(taken[len(taken) // 2] * 1000, 1)
             self.health.ack_p99_ms = round(taken[min(len(taken) - 1, len(taken) * 99 // 100)] * 1000, 1)
         self.health.target = self._uplink.name
-        self.health.detour = self._uplink.detour if isinstance(self._uplink, FailoverUplink) else ""
+        self.health.detour = self._detour()
         return self.health
 
 

@@ -61,6 +61,10 @@ def _families(status: AgentStatus) -> Iterator[str]:
     link = status.link
     if link.state is not LinkState.OFF:
         yield one("link_up", "gauge", "1 while there is a way to the cloud.", int(link.state is LinkState.UP))
+        if link.skew_s is not None:
+            yield one(
+                "clock_skew_seconds", "gauge", "This clock less the cloud's, by the last ack.", link.skew_s
+            )
         yield one("batches_in_flight", "gauge", "Sent, and not yet answered.", link.in_flight)
         yield one("batches_acked_total", "counter", "Acknowledged by the cloud.", link.acked_batches)
         yield one("batches_resent_total", "counter", "Sent again.", link.resent_batches)

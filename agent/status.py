@@ -67,7 +67,9 @@ class ClockHealth(msgspec.Struct, kw_only=True):
 
     synchronized: bool = True  #: the kernel's word
     error_s: float = 0.0  #: the most that it may be off, by the kernel; 0 where unknown
-    expected: bool = False  #: not synchronized in this boot, though it was in an earlier one or shows what cannot be
+    expected: bool = (
+        False  #: not synchronized in this boot, though it was in an earlier one or shows what cannot be
+    )
     waiting: bool = False  #: readings wait for it
 
 
@@ -319,7 +321,9 @@ def _clock(clock: ClockHealth, link: LinkHealth) -> Sequence[Problem]:
     found = []
     if clock.expected:
         what = "readings wait for that" if clock.waiting else "the times of readings are estimates until then"
-        found.append(Problem(f"clock: not set yet since this start; {what}", reach, Code.CLOCK_UNSYNCHRONIZED))
+        found.append(
+            Problem(f"clock: not set yet since this start; {what}", reach, Code.CLOCK_UNSYNCHRONIZED)
+        )
     skew_s = link.skew_s
     if skew_s is not None and abs(skew_s) - link.skew_bound_s > SKEW_S:
         where = "ahead of" if skew_s > 0 else "behind"

@@ -346,7 +346,9 @@ class Store:
         self._marks: list[tuple[ClockRow, int]] = []  #: clock rows with their next_seq, oldest first
         self._hold = Hold(limits.clock_hold_ns)
         self._stopped_at_held = False  #: the last claim found nothing but frames that wait for their clock
-        self._retiring: dict[int, int] = {}  #: boots without own frames: the seq below which gaps may name them
+        self._retiring: dict[
+            int, int
+        ] = {}  #: boots without own frames: the seq below which gaps may name them
         self._mark_id: int | None = None  #: the newest row, where it may be overwritten by the next minute's
         self._cursor = 1  #: all frames below are recorded, settled or gone
         self._cursor_normal = 1  #: the same of all but bulk, where bulk is not to be sent
@@ -845,6 +847,12 @@ class Store:
         if now is not None and now.synchronized:  # an earlier boot that never was will never be
             return False
         return self._hold.waits(self._clock.read())
+
+    @property
+    def clock_expected(self) -> bool:
+        """Whether this boot has no synchronized clock and should: until then times are held or estimates."""
+        row = self._clocks.get(self.ledger.boot)
+        return (row is None or not row.synchronized) and self._hold.expects(self._clock.read())
 
     @property
     def waiting(self) -> bool:

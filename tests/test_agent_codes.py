@@ -8,7 +8,7 @@ from agent import metrics
 from agent.buffer import BufferState, Condition
 from agent.health import DeviceHealth, Gauge, State
 from agent.salvage import Told as OldEpoch
-from agent.status import AgentStatus, Code, ConfigHealth, LinkHealth, LinkState, RunState, problems
+from agent.status import AgentStatus, ClockHealth, Code, ConfigHealth, LinkHealth, LinkState, RunState, problems
 from drivers.contract import Reason
 
 S = 10**9
@@ -65,6 +65,8 @@ FAULTS: list[tuple[str, dict[str, object]]] = [
     (Code.LINK_TLS, {"link": link("tls")}),
     (Code.LINK_CREDENTIAL, {"link": link("credential")}),
     (Code.LINK_SILENT, {"link": link("silent")}),
+    (Code.CLOCK_UNSYNCHRONIZED, {"clock": ClockHealth(synchronized=False, expected=True, waiting=True)}),
+    (Code.CLOCK_SKEW, {"link": LinkHealth(state=LinkState.UP, since_ns=NOW, skew_s=-7.5, skew_bound_s=1.0)}),
     ("device_timeout", {"devices": [device(State.DOWN, Reason.TIMEOUT)]}),
     ("device_crc", {"devices": [device(State.DOWN, Reason.CRC)]}),
     ("device_driver", {"devices": [device(State.FAULT, Reason.DRIVER)]}),

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cloud.api.models import SinkReplayRequest
@@ -293,3 +294,39 @@ async def test_a_batch_of_30_days_ago_replayed_doubles_nothing(site: Site) -> No
         await site.settled()
         assert await site.count() == 600
         assert (await operator.verify()).ok
+
+
+async def test_a_store_that_lost_everything_is_filled_from_the_archive_and_the_journal(
+    site: Site, tmp_path: Path
+) -> None:
+    """The journal has let go of the first batches; the archive has them, with the estimates."""
+    if site.kind == "archive":
+        return  # it is filled from the journal only: the tests above
+    config = msgspec.structs.replace(site.config, archive=Archive(commit_interval_s=0.05))
+    site.config = config
+    entries = a_boot_that_is_synchronized_late(site.now_ns)
+    async with site.running(ArchiveFolder(tmp_path / "archive").sink()) as operator:
+        await site.journal.append(entries)
+        await site.settled("archive")
+    await site.journal.trim(["archive"], keep_s=0, max_bytes=0)
+    assert (await site.journal.state()).first_offset == 6
+    await site.journal.append(
+        [batch(82, [frame(82, 4, 182 * S)], entries_clock(site.now_ns), site.now_ns - 400 * S)]
+    )
+    async with site.running(site.store.sink(), ArchiveFolder(tmp_path / "archive").sink()) as operator:
+        await site.settled()
+        assert sorted(await site.times()) == [82]
+        done = await operator.replay_sink(SinkReplayRequest(site.kind, 0))
+        # The first batch that the journal holds came in the last microsecond of those asked of the archive.
+        assert (done.archive_readings, done.corrected_readings, done.note) == (243, 180, "")
+        for _ in range(2):
+            times = await site.times()
+            assert sorted(times) == [*range(1, 61), *range(62, 83)]
+            assert all(len(t) == 1 and abs(t[0]) < 0.001 for t in times.values())
+            await operator.replay_sink(SinkReplayRequest(site.kind, 0))
+        verdict = await operator.verify()
+        assert all(row.ok for row in verdict.sinks if row.sink == site.kind and not row.missed), verdict
+
+
+def entries_clock(now_ns: int) -> list[ClockRow]:
+    return [ClockRow(4, "boot-4", 170 * S, right_ns(now_ns) + 170 * S, synchronized=True, error_ns=10**7)]
