@@ -45,6 +45,7 @@ class Buffer(_Strict, frozen=True, kw_only=True):
     commit_max_kb: Annotated[int, Meta(ge=1, le=16_384)] = 256  #: commit earlier when this much is pending
     low_latency: bool = False  #: commit every 100 ms instead
     quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 5.0  #: time budget for the check at start
+    keep_damaged_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 1024  #: damaged files kept after they were salvaged
     max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
     clock_hold_s: Annotated[float, Meta(ge=0, le=604_800)] = (
         3600.0  #: readings of a start whose clock is not set yet wait so long for it, where it is to be expected
@@ -81,7 +82,9 @@ class Metered(_Strict, frozen=True, kw_only=True):
     hours: tuple[Hours, ...] = ()  #: when all may go; none: at any time
     timezone: Name = "UTC"  #: of the hours and of the day; an IANA name
     bytes_per_day: Annotated[int, Meta(ge=0, le=1 << 50)] = 0  #: 0: no limit
-    always: tuple[Literal["alarm", "normal", "bulk"], ...] = ("alarm",)  #: these go at any time, and count
+    always: Literal["none", "alarm", "normal"] = (
+        "alarm"  #: this and what is above it goes at any time, and counts
+    )
     applies_to: Literal["all", "fallback"] = "all"  #: fallback: only the second way costs
 
     def __post_init__(self) -> None:
