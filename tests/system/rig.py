@@ -376,6 +376,7 @@ def whole_system(
             )
         (folder / "cloud.toml").write_text(
             f'[server]\ndata_dir = "{folder}/cloud"\nport = {port}\n'
+            f'operator_token_file = "{rig.secret("operator.token")}"\n'
             f'tls_cert_file = "{folder}/cert.pem"\ntls_key_file = "{folder}/key.pem"\n{door}'
             f'[[gateway]]\ntenant = "chaos"\nname = "plant-1"\ntoken_file = "{token}"\n{sinks}'
         )
