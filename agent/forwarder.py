@@ -555,6 +555,11 @@ class Forwarder:
         self.health.state = LinkState.UP
         self.health.since_ns = time.time_ns()
 
+    @property
+    def told_spread_s(self) -> float:
+        """Over how long the fleet is to come back, as the cloud said last."""
+        return self._spread_s
+
     def tell(self) -> LinkHealth:
         """`health`, with the ack latencies computed anew."""
         if self._latencies:
