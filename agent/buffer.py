@@ -473,12 +473,14 @@ class Buffer:
         return batches
 
     def _claim(self, count: int, settled: dict[tuple[int, Range], None], lowest: Priority) -> list[Batch]:
-        """On the writer's thread. What was salvaged waits until nothing else does."""
+        """On the writer's thread. What was salvaged has what the others leave."""
         batches = self._store.claim(count, self._of_this_epoch(settled), lowest)
         for one in self._of_this_epoch(settled):
             settled.pop((self._store.ledger.epoch, one), None)
         self._settle_old(settled)
-        return batches or (self._salvages.claim(count) if lowest is Priority.BULK else [])
+        if len(batches) < count and lowest is Priority.BULK:
+            batches = [*batches, *self._salvages.claim(count - len(batches))]
+        return batches
 
     def _settle_old(self, settled: Iterable[tuple[int, Range]]) -> None:
         """On the writer's thread."""

@@ -431,6 +431,8 @@ class Store:
         if not self.path.exists():
             self._finish_setting_aside()
         fresh = not self.path.exists() or self.path.stat().st_size == 0
+        commits = wal_commits(self.path)
+        self._keep_wal()
         conn = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         try:
             if fresh:
@@ -447,6 +449,7 @@ class Store:
             if version == 0 and not conn.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 self._create(conn)
             else:
+                self._check_wal(conn, commits)
                 fit(conn, self.path)
                 self._quick_check(conn)
             # Per connection, so set at every open; the last line of defence, as `_make_room` stays well below it.
@@ -460,12 +463,35 @@ class Store:
             conn.close()
             raise
         self._conn = conn
+        with contextlib.suppress(OSError):
+            self._kept_wal.unlink(missing_ok=True)
         self._note_epoch()
         if self._doubtful is not None:
             group, epoch, next_seq = self._doubtful
             landed = self.ledger.epoch == epoch and self.ledger.next_seq == next_seq
             self._landed = group if landed else None
             self._doubtful = None
+
+    @property
+    def _kept_wal(self) -> Path:
+        return self.path.with_name(self.path.name + "-wal.kept")
+
+    def _keep_wal(self) -> None:
+        """SQLite deletes a WAL in which it believes nothing, and salvage wants it: it keeps a second name until the
+        file has been opened well (not every file system can: vfat)."""
+        with contextlib.suppress(OSError):
+            if not self._kept_wal.exists():
+                os.link(self.path.with_name(self.path.name + "-wal"), self._kept_wal)
+
+    @staticmethod
+    def _check_wal(conn: sqlite3.Connection, commits: Sequence[int]) -> None:
+        """SQLite reads a WAL up to the first frame whose checksum is wrong, and takes the rest for what a crash has
+        torn. A crash tears the last transaction; two or more behind the break were committed, and rot has hidden them:
+        the seqs in them would be given out a second time."""
+        _, believed, _ = conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        hidden = sum(at >= max(0, believed) for at in commits)
+        if hidden > 1:
+            raise sqlite3.DatabaseError(f"the WAL is damaged: {hidden} committed transactions cannot be read")
 
     def _quick_check(self, conn: sqlite3.Connection) -> None:
         deadline_s = time.monotonic() + self._limits.quick_check_s
@@ -612,6 +638,8 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     self.path.with_name(self.path.name + tail).rename(self.path.with_name(name + tail))
                     reached("store.after_rename")
+            with contextlib.suppress(FileNotFoundError):
+                self._kept_wal.rename(self.path.with_name(name + "-wal"))
         except OSError as err:
             raise StoreRefusing(
                 f"the damaged buffer {self.path} cannot be set aside: {err.strerror}"
@@ -699,6 +727,7 @@ class Store:
 
     def _commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
         made: list[Recorded] = []
+        self._look_at_log(group.size_bytes)
         with self._transaction() as (conn, led):
             if group.layouts:
                 self._add_layouts(conn, group.layouts)
@@ -1256,10 +1285,11 @@ class Store:
 
     def _tell(self, conn: sqlite3.Connection, led: Ledger, gaps: list[GapFrame]) -> None:
         """Keep gap records: by letting one that was not sent grow, else as new frames."""
+        torn = bool(led.alarm_frames or led.bulk_frames)  # else runs are whole, and stay so
         new = [
             gap
-            for gap in gap_sums.summed(gaps)
-            if gap.reason not in gap_sums.SPARSE or not self._grow(conn, led, gap)
+            for gap in gap_sums.summed(gaps, torn=torn)
+            if gap.reason not in gap_sums.SPARSE or not self._grow(conn, led, gap, torn=torn)
         ]
         if not new:
             return
@@ -1268,12 +1298,12 @@ class Store:
                 self._open_gaps[gap_sums.key_of(gap)] = seq
         self._insert(conn, led, [*map(encode_frame, new)], [0] * len(new))
 
-    def _grow(self, conn: sqlite3.Connection, led: Ledger, gap: GapFrame) -> bool:
+    def _grow(self, conn: sqlite3.Connection, led: Ledger, gap: GapFrame, *, torn: bool) -> bool:
         seq = self._open_gaps.get(gap_sums.key_of(gap), 0)
         if not seq or any(r.first <= seq <= r.last for r in led.recorded.values()):
             return False
         held = self._gap_at(conn, seq)
-        if held is None or not gap_sums.mergeable(held, gap):
+        if held is None or not gap_sums.mergeable(held, gap, torn=torn):
             return False
         grown = gap_sums.merged(held, gap)
         if grown.to_boot_ns - grown.from_boot_ns > gap_sums.SPAN_NS:
@@ -1401,6 +1431,29 @@ class Store:
             if dropped or not seen:
                 return dropped
 
+    def _look_at_log(self, need_bytes: int) -> None:
+        """A reader that stays keeps the log from being reset: where file and log would pass the cap, nothing is
+        written until it is gone. Raises `StoreRefusing`."""
+        conn = self._ready()
+        wal = self._wal_size()
+        if wal <= self._limits.wal_bytes:
+            return
+        pages: int = conn.execute("PRAGMA page_count").fetchone()[0]
+        need = need_bytes + need_bytes // 4 + 64 * PAGE_BYTES
+        if pages * PAGE_BYTES + wal + need <= self._limits.max_bytes:
+            return
+        conn.execute("PRAGMA busy_timeout = 0")
+        try:
+            busy = conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            conn.execute("PRAGMA busy_timeout = 5000")
+        if busy:
+            raise StoreRefusing(
+                "another program reads the buffer's file and keeps its log from being reset; end that program"
+                f" (fuser -v {self.path})"
+            )
+        self._wal_bytes = 0
+
     def _cap_pages(self, conn: sqlite3.Connection, need_bytes: int) -> int:
         """The file's cap in pages now: its own, or less where the file may not grow because the disk is short, or
         because a reader keeps the WAL from being reset."""
@@ -1409,7 +1462,9 @@ class Store:
         wal = self._wal_size()
         grown = wal - self._limits.wal_bytes - 2 * self._limits.group_bytes
         if grown > 0:
-            cap = max(32, cap - grown // PAGE_BYTES)
+            cap = max(
+                32, min(cap, pages), cap - grown // PAGE_BYTES
+            )  # a file that is larger already stays so
         try:
             disk = os.statvfs(self.path.parent)
             written = self.path.stat().st_size
@@ -1699,9 +1754,34 @@ NOTE: Final = ".epoch"  #: the end of the name of the note beside a buffer file
 _TAILS: Final = ("-wal", "-shm", NOTE)
 
 
+def wal_commits(path: Path) -> list[int]:
+    """Which frames of a buffer's WAL end a transaction of its present generation, believed or not
+    (https://www.sqlite.org/fileformat2.html#the_write_ahead_log)."""
+    try:
+        fd = os.open(path.with_name(path.name + "-wal"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        salt = os.pread(fd, 32, 0)[16:24]
+        size = os.fstat(fd).st_size
+        first = os.pread(fd, 24, 32)[8:16]
+        before = (int.from_bytes(salt[:4], "big") - int.from_bytes(first[:4], "big")) & 0xFFFFFFFF
+        salts = {salt} if before == 1 else {salt, first}  # one less: what a reset of the WAL has left behind
+        ends = []
+        for number in range((size - 32) // (24 + PAGE_BYTES)):
+            head = os.pread(fd, 24, 32 + number * (24 + PAGE_BYTES))
+            if head[8:16] in salts and head[4:8] != bytes(4):
+                ends.append(number)
+        return ends
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+
+
 def is_set(path: Path) -> bool:
     """Whether this is the file of a damaged set, and not what belongs to one."""
-    return not path.name.endswith((*_TAILS, TOLD, ".new"))
+    return not path.name.endswith((*_TAILS, TOLD, ".new", ".kept"))
 
 
 class Account(msgspec.Struct, frozen=True):

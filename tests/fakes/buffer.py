@@ -120,12 +120,14 @@ class ModelCloud:
     def __init__(self) -> None:
         self.held: dict[tuple[int, int], bytes] = {}
         self.seen: dict[tuple[int, int, int], bytes] = {}
+        self.needs_clocks = True  #: a salvaged frame whose clock row was lost has none
 
     def take(self, payload: bytes) -> Ack:
         head, body = open_body(payload)
         assert head.gateway == str(GATEWAY)
         key = (head.epoch, head.first, head.last)
-        assert self.seen.setdefault(key, payload) == payload, f"{key} was sent with other bytes than before"
+        same = self.seen.setdefault(key, payload) == payload
+        assert same or not self.needs_clocks, f"{key} was sent with other bytes than before"
         named = {packing.id for packing in map(Packing, body.layouts)}
         clocked = {row.boot for row in body.clocks}
         readings = 0
@@ -134,7 +136,7 @@ class ModelCloud:
             if isinstance(frame, ScanFrame):
                 assert frame.layout in named
                 readings += READINGS
-            assert frame.boot in clocked
+            assert frame.boot in clocked or not self.needs_clocks
             held = self.held.setdefault((head.epoch, seq), bytes(raw))
             assert held == bytes(raw), f"seq {seq} came with two contents"
         assert readings == head.readings
