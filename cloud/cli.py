@@ -18,6 +18,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 #: the same name (dashes as underscores).
 ELSEWHERE: Final = {
     "gateways": ("cloud.commands_gateways", "The gateways: when last seen, what they sent, how they are."),
+    "journal": ("cloud.commands_journal", "The journal of a stopped server: salvage it where it is damaged."),
     "readings": (
         "cloud.commands_readings",
         "Readings by gateway, device, point and time; as a table, JSON or CSV.",

@@ -362,7 +362,11 @@ async def test_an_entry_whose_offset_is_damaged_does_not_lead_past_the_next(tmp_
     damage(tmp_path / "j.db", 2, "offset", 2**40)
     journal = SqliteJournal(tmp_path / "j.db")
     await journal.open()
-    assert [s.offset for s in await journal.read(0, max_entries=10, max_bytes=1 << 20)] == [1, 3, 4, 5, 6, 7]
+    assert [s.offset for s in await journal.read(0, max_entries=10, max_bytes=1 << 20)] == [1]
+    with pytest.raises(EntryDamaged) as err:
+        await journal.read(1, max_entries=10, max_bytes=1 << 20)
+    assert err.value.offset == 2  # not found where it should be
+    assert [s.offset for s in await journal.read(2, max_entries=10, max_bytes=1 << 20)] == [3, 4, 5, 6, 7]
     with pytest.raises(EntryDamaged):
         await journal.read(7, max_entries=10, max_bytes=1 << 20)
     await journal.close()

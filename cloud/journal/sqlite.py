@@ -48,11 +48,12 @@ from cloud.journal.contract import (
     Stored,
 )
 from config.failpoint import reached
+from config.wal import commits_passed_over
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 PAGE_BYTES: Final = 8192  #: a 2 to 5 KB batch fits a page; 4096 needs an overflow page for most
 GROUP_ENTRIES: Final = 8192  #: of one transaction
 GROUP_BYTES: Final = 16 * 1024 * 1024
@@ -68,7 +69,7 @@ CACHED_SETS: Final = 50_000
 READERS: Final = 4
 
 #: What brings an empty file to version 1, version 1 to 2, ...
-_STEPS: Final = ("sqlite.sql", "sqlite_2.sql")
+_STEPS: Final = ("sqlite.sql", "sqlite_2.sql", "sqlite_3.sql")
 
 _INSERT = """INSERT INTO entry (offset, gateway, epoch, first, last, readings, received_at_ns, fresh, crc32, payload)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
@@ -78,6 +79,10 @@ batches = batches + excluded.batches,
 frames_received = frames_received + excluded.frames_received,
 frames_duplicate = frames_duplicate + excluded.frames_duplicate,
 readings_stored = readings_stored + excluded.readings_stored"""
+_SALVAGE: Final = (
+    "it is damaged: stop the server; `headgate-cloud journal salvage` then makes a sound journal of what can be read"
+)  # fmt: skip
+
 _MOVE = """INSERT INTO cursor (sink, offset) VALUES (?, ?)
 ON CONFLICT (sink) DO UPDATE SET offset = max(offset, excluded.offset)"""
 _EXPIRE = """INSERT INTO expired (sink, gateway, readings) VALUES (?, ?, ?)
@@ -215,14 +220,23 @@ class SqliteJournal:
         except sqlite3.Error as err:
             self._unlock()
             raise JournalBroken(
-                f"{self.path}: {err}; not a journal, or damaged: set the file aside (do not delete it: gateways have "
-                "dropped what it holds), and salvage it with `sqlite3 FILE .recover`"
+                f"{self.path}: {err}; not a journal, or damaged: do not delete it (gateways have dropped what it holds)"
+                "; `headgate-cloud journal salvage` makes a sound one of what can be read, and keeps this one aside"
             ) from err
         except JournalError:
             self._unlock()
             raise
 
     def _connect(self) -> sqlite3.Connection:
+        if self.path.with_name(self.path.name + ".salvaging").exists():
+            raise JournalBroken(
+                f"{self.path}: a salvage was cut short; run `headgate-cloud journal salvage` again"
+            )
+        passed_over = commits_passed_over(self.path)
+        if passed_over:
+            raise JournalBroken(
+                f"{self.path}: {passed_over} commits stand behind a bad place in its log; {_SALVAGE}"
+            )
         new = not self.path.exists()
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1.0)
         try:
@@ -241,6 +255,7 @@ class SqliteJournal:
                 raise JournalBroken(
                     f"{self.path}: version {version}; this program knows version {SCHEMA_VERSION}: run the newer one"
                 )
+            db.create_function("held_crc", 4, _held_crc, deterministic=True)
             for step in _STEPS[version:]:  # one transaction each: killed in between, it goes on from there
                 schema = Path(__file__).with_name(step).read_text()
                 db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
@@ -258,6 +273,10 @@ class SqliteJournal:
             db.close()
             raise
         return db
+
+    def made(self) -> sqlite3.Connection:
+        """A new file with the schema and nothing in it, for whoever fills it by other ways (salvage)."""
+        return self._connect()
 
     def _unlock(self) -> None:
         if self._lock_file is not None:
@@ -514,7 +533,8 @@ class SqliteJournal:
             db.executemany("DELETE FROM held WHERE gateway = ? AND epoch = ? AND first = ?", gone)
         if kept:
             db.executemany(
-                "INSERT OR REPLACE INTO held (gateway, epoch, first, last) VALUES (?, ?, ?, ?)", kept
+                "INSERT OR REPLACE INTO held (gateway, epoch, first, last, crc32) VALUES (?, ?, ?, ?, ?)",
+                [(*one, _held_crc(*one)) for one in kept],
             )
         if tallies:
             db.executemany(
@@ -525,9 +545,16 @@ class SqliteJournal:
     def _load(self, db: sqlite3.Connection, key: tuple[str, int]) -> IntervalSet:
         held = self._held.get(key)
         if held is None:
-            held = IntervalSet(
-                db.execute("SELECT first, last FROM held WHERE gateway = ? AND epoch = ? ORDER BY first", key)
-            )
+            rows = db.execute(
+                "SELECT first, last, crc32 FROM held WHERE gateway = ? AND epoch = ? ORDER BY first", key
+            ).fetchall()
+            good = [(first, last) for first, last, crc in rows if crc == _held_crc(*key, first, last)]
+            if len(good) < len(rows):
+                log.error(
+                    "%s: %d intervals of %s, epoch %d are damaged on the disk and not believed; what they held is taken"
+                    " again if it is sent again: check the disk", self.path, len(rows) - len(good), *key,
+                )  # fmt: skip
+            held = IntervalSet(good)
             self._held[key] = held
         else:
             self._held.move_to_end(key)
@@ -581,6 +608,8 @@ class SqliteJournal:
                 code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
             ):
                 return self._refusal()
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return JournalBroken(f"{self.path}: {err}; nothing was acknowledged; {_SALVAGE}")
         return JournalBroken(
             f"{self.path}: {err}; check the disk and its permissions (nothing was acknowledged)"
         )
@@ -602,19 +631,22 @@ class SqliteJournal:
                     uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
                 )
             except sqlite3.Error as err:  # no descriptor left, or the file is out of reach
-                raise JournalBroken(f"{self.path}: {err}; the journal cannot be read") from err
+                raise JournalBroken(f"{self.path}: {err}; {_unreadable(err)}") from err
             db.text_factory = _lenient
         try:
             return work(db)
         except sqlite3.Error as err:
-            raise JournalBroken(f"{self.path}: {err}; the journal cannot be read") from err
+            raise JournalBroken(f"{self.path}: {err}; {_unreadable(err)}") from err
         finally:
             self._idle.append(db)
 
     async def read(self, after: int, *, max_entries: int, max_bytes: int) -> list[Stored]:
         if after >= self._last:
             return []
-        return await self._read(lambda db: _read_rows(db, after, max_entries, max_bytes))
+        rows = await self._read(lambda db: _read_rows(db, after, max_entries, max_bytes))
+        if not rows and after < self._last and after < await self._read(_newest):
+            raise JournalBroken(f"{self.path}: entries {after + 1}..{self._last} are not found; {_SALVAGE}")
+        return rows
 
     async def wait(self, after: int, timeout_s: float) -> bool:
         try:
@@ -628,12 +660,14 @@ class SqliteJournal:
     async def holds(self, gateway: str, epoch: int, first: int, last: int) -> tuple[Range, ...]:
         rows = await self._read(
             lambda db: db.execute(
-                "SELECT max(first, ?), min(last, ?) FROM held WHERE gateway = ? AND epoch = ? AND first <= ? "
-                "AND last >= ? ORDER BY first",
-                (first, last, gateway, epoch, last, first),
+                "SELECT first, last, crc32 FROM held WHERE gateway = ? AND epoch = ? AND first <= ? AND last >= ? "
+                "ORDER BY first",
+                (gateway, epoch, last, first),
             ).fetchall()
         )
-        return tuple((a, b) for a, b in rows)
+        return tuple(
+            (max(a, first), min(b, last)) for a, b, crc in rows if crc == _held_crc(gateway, epoch, a, b)
+        )
 
     async def counts(self) -> list[GatewayCount]:
         rows = await self._read(
@@ -881,6 +915,16 @@ def _pending(db: sqlite3.Connection, after: int, upto: int) -> dict[str, int]:
     return found
 
 
+def _unreadable(err: sqlite3.Error) -> str:
+    code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
+    damaged = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return _SALVAGE if damaged else "the journal cannot be read"
+
+
+def _held_crc(gateway: str, epoch: int, first: int, last: int) -> int:
+    return zlib.crc32(f"held|{gateway}|{epoch}|{first}|{last}".encode(errors="replace"))
+
+
 def _crc(
     offset: int, gateway: bytes, epoch: int, first: int, last: int, readings: int, received_at_ns: int, fresh: bytes,
     payload: bytes,
@@ -903,6 +947,11 @@ def _read_rows(db: sqlite3.Connection, after: int, max_entries: int, max_bytes: 
     size = 0
     with contextlib.closing(db.execute(_READ, (after, max(max_entries, 1)))) as rows:
         for row in rows:
+            # Offsets have no holes but in front of the oldest. One elsewhere is damage to the tree: it led past them.
+            if row[0] != after + 1 + len(out) and (out or _has_below(db, row[0])):
+                if out:
+                    return out
+                raise _hole(after, row[0])
             entry = _stored(row)
             if entry is None:
                 if out:
@@ -913,6 +962,20 @@ def _read_rows(db: sqlite3.Connection, after: int, max_entries: int, max_bytes: 
                 return out
             out.append(entry)
     return out
+
+
+def _has_below(db: sqlite3.Connection, offset: int) -> bool:
+    oldest = db.execute("SELECT offset FROM entry ORDER BY offset LIMIT 1").fetchone()
+    return oldest is not None and oldest[0] < offset
+
+
+def _newest(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT max(offset) FROM entry").fetchone()[0] or 0)
+
+
+def _hole(after: int, found: int) -> EntryDamaged:
+    text = f"journal entries {after + 1}..{found - 1} cannot be found on the disk; {_SALVAGE}"
+    return EntryDamaged(text, offset=found - 1, gateway="", epoch=0, first=0, last=0)
 
 
 def _stored(row: _Row) -> Stored | None:
