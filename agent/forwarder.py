@@ -57,6 +57,8 @@ _UNANSWERED_TRIES: Final = 5
 """In a row, while others were answered: a broker may drop what is too large for the cloud's side and never say so."""
 _LONGEST_WAIT_S: Final = 3600.0  #: whatever the cloud asks for (as sync.https bounds `Retry-After`)
 _LONGEST_SPREAD_S: Final = 600.0  #: whatever the cloud asks for
+_TELLS: Final = 10.0  #: losses of the link told at once ...
+_TELL_EVERY_S: Final = 60.0  #: ... and then one in so long: 140 lines an hour
 _LATENCIES: Final = 256  #: acks over which p50 and p99 are told
 
 
@@ -116,6 +118,10 @@ class Forwarder:
         self._alone: dict[Bounds, tuple[int, int]] = {}  #: ... and nothing else; `_answers` at the first time
         self._refusals = 0  #: parked since the last ack
         self._down_since_s: float | None = None
+        self._told_down = False
+        self._untold = 0  #: losses that the log kept quiet about
+        self._tells = _TELLS
+        self._tells_s = time.monotonic()
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._ask_at_s = 0.0
         self._spread_s = 0.0  #: what the cloud has told last: a large fleet does not come back at once
@@ -531,7 +537,14 @@ class Forwarder:
 
     def _link_is_down(self, why: str, cause: str = "down") -> None:
         if self.health.state is not LinkState.DOWN:
-            log.warning("link down: %s; readings are kept here meanwhile", why)
+            self._told_down = self._may_tell()
+            if self._told_down:
+                often = f" ({self._untold} times more since it was last told)" if self._untold else ""
+                log.warning("link down: %s; readings are kept here meanwhile%s", why, often)
+                self._untold = 0
+            else:
+                self._untold += 1
+                log.debug("link down: %s", why)
             self.health.state = LinkState.DOWN
             self.health.since_ns = time.time_ns()
             self._down_since_s = time.monotonic()
@@ -539,13 +552,24 @@ class Forwarder:
             log.debug("link still down: %s", why)
         self.health.why, self.health.cause = why, cause
 
+    def _may_tell(self) -> bool:
+        """A link that flaps is told of `_TELLS` times, then once in `_TELL_EVERY_S`: two lines each."""
+        now_s = time.monotonic()
+        self._tells = min(_TELLS, self._tells + (now_s - self._tells_s) / _TELL_EVERY_S)
+        self._tells_s = now_s
+        if self._tells < 1.0:
+            return False
+        self._tells -= 1.0
+        return True
+
     def _link_is_up(self) -> None:
         self._silent = False
         self.health.why = self.health.cause = ""
         if self.health.state is LinkState.UP:
             return
         if self._down_since_s is not None:
-            log.info(
+            log.log(
+                logging.INFO if self._told_down else logging.DEBUG,
                 "link back after %.0f s, %d readings buffered",
                 time.monotonic() - self._down_since_s, self._buffer.state.buffered_readings,
             )  # fmt: skip
