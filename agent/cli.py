@@ -99,9 +99,10 @@ def status(file: Path, state_dir: Path | None, *, as_json: bool) -> None:
     from agent import status as status_file
     from agent.configuration import state_dir_of
     from agent.state import is_locked
+    from agent.status_now import latest
 
     folder = state_dir or state_dir_of(file)
-    told = status_file.read(folder)
+    told = latest(folder)
     if told is None:
         click.echo(
             f"headgate: no status in {folder}: the agent never ran there, or this user may not read it",

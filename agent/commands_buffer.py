@@ -41,8 +41,8 @@ def buffer(context: click.Context, file: Path, state_dir: Path | None, *, as_jso
     if context.invoked_subcommand is not None:
         return
     from agent import buffer_look
-    from agent import status as status_file
     from agent.state import is_locked
+    from agent.status_now import latest
 
     place: _Place = context.obj
     try:
@@ -50,7 +50,7 @@ def buffer(context: click.Context, file: Path, state_dir: Path | None, *, as_jso
     except buffer_look.LookError as err:
         _fail(str(err))
     told = buffer_look.account(
-        place.folder, files, damaged, status_file.read(place.folder), running=is_locked(place.folder)
+        place.folder, files, damaged, latest(place.folder), running=is_locked(place.folder)
     )
     if place.as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())

@@ -49,6 +49,7 @@ from agent.doctor import (
 )
 from agent.state import is_locked
 from agent.status import AgentStatus, LinkState
+from agent.status_now import latest
 from config.agent import Agent, Buffer, Uplink
 from sync.identity import GatewayName, IdentityError, read_secret
 from sync.uplink import LinkDown
@@ -67,7 +68,7 @@ def examine(file: Path, state_dir: Path | None, *, with_cloud: bool = True) -> I
     checked = check(file)
     yield from _config(file, checked)
     folder = state_dir or state_dir_of(file)
-    told = status_file.read(folder)
+    told = latest(folder)
     running = is_locked(folder)
     yield from _agent(folder, told, running)
     ntp = next((name for name in _TIME_SERVICES if name in running_programs), "")

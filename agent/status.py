@@ -184,6 +184,11 @@ def as_json(status: AgentStatus, found: list[Problem], *, running: bool | None) 
     ).decode()
 
 
+def decode(document: bytes) -> AgentStatus:
+    """Raises `msgspec.DecodeError`."""
+    return _decode(document)
+
+
 def write(folder: Path, status: AgentStatus) -> None:
     """Replace the state file. Raises `OSError`."""
     # Compact: it is written every few seconds, to flash. `headgate status --json` shows it with indents.

@@ -343,7 +343,7 @@ async def test_the_heartbeat_tells_the_cloud_how_each_device_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uplink = CollectingUplink()
-    monkeypatch.setattr(daemon_module, "uplink_of", lambda settings, name: uplink)
+    monkeypatch.setattr(daemon_module, "uplink_of", lambda settings, name, rng: uplink)
     token = tmp_path / "token"
     link = f'kind = "mqtt"\ntls = false\nheartbeat_s = 1\ntoken_file = "{token}"'
     daemon = in_process(tmp_path, uplink=link)
