@@ -1,4 +1,4 @@
-"""Agent, cloud, broker and stores killed at random moments, in random order, some at once: nothing lost, nothing doubled.
+"""Agent, cloud, broker and stores killed at random moments, some at once: nothing kept is lost, nothing is doubled.
 
 Rules:
 1. SIGKILL, under load; up to three parts are dead at one time. Every part is killed at least twice in a round.
