@@ -68,13 +68,13 @@ def merged(a: GapFrame, b: GapFrame) -> GapFrame:
     )
 
 
-def summed(gaps: list[GapFrame]) -> list[GapFrame]:
+def summed(gaps: list[GapFrame], *, torn: bool = False) -> list[GapFrame]:
     """The fewest gaps that say the same, in order of the first of each."""
     out: list[GapFrame] = []
     newest: dict[Key, int] = {}
     for gap in gaps:
         at = newest.get(key_of(gap))
-        if at is not None and mergeable(out[at], gap):
+        if at is not None and mergeable(out[at], gap, torn=torn):
             out[at] = merged(out[at], gap)
         else:
             newest[key_of(gap)] = len(out)

@@ -25,6 +25,7 @@ Errors, by who acts::
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -339,7 +340,11 @@ class Store:
         self.gateway = gateway
         self._limits = limits
         self._clock = clock
+        self.refusing: StoreRefusing | None = None  #: why the file could only be opened for reading
         self._conn: sqlite3.Connection | None = None
+        self._reading: sqlite3.Connection | None = None  #: while the disk takes no writes and there is no other
+        self._promised_boot = 0  #: a boot's number that frames in memory have, before any file knows of it
+        self._unsaved: set[int] = set()  #: firsts of recorded batches that no file knows of
         self._lock_fd: int | None = None
         self._layouts: dict[int, bytes] = {}  #: msgpack, by id: everything that a frame here may name
         self._clocks: dict[int, ClockRow] = {}  #: by boot: the row to compute wall time from
@@ -391,11 +396,53 @@ class Store:
             self.close()
             raise StoreUnusable(str(err)) from err
         except (sqlite3.Error, StoreRefusing) as err:
+            if self._open_reading(err):
+                return
             self.close()
             raise StoreUnusable(
                 f"buffer {self.path}: {err}; check the disk, its space and the folder's owner"
             ) from err
         self._restore_ballast()
+
+    def _open_reading(self, err: sqlite3.Error | StoreRefusing) -> bool:
+        """On a disk that takes no writes now: what the file holds can be read and sent, new readings wait in memory
+        until it takes them again. Whether that can be done."""
+        if not (_read_only(self.path.parent) or _code(err) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)):
+            return False
+        self.refusing = StoreRefusing(_remedy(err), _cause(err))
+        if _read_only(self.path.parent):
+            self.refusing = StoreRefusing(_READ_ONLY, "disk_readonly")
+        try:
+            if self.path.exists():
+                self._load(self._reader(), reading=True)
+            else:
+                self.ledger.boot = self._promised_boot = 1
+        except (sqlite3.Error, StoreRefusing, OSError) as again:
+            if not _read_only(self.path.parent):
+                return False
+            log.error("buffer %s: cannot be read either: %s", self.path, again)
+            self.ledger.boot = self._promised_boot = _UNSURE_BOOTS
+        return True
+
+    def _reader(self) -> sqlite3.Connection:
+        """A connection that reads: the writing one, or one that changes nothing. Raises `sqlite3.Error`."""
+        if self._conn is not None:
+            return self._conn
+        if self._reading is None:
+            uri = self.path.absolute().as_uri()
+            for mode in ("mode=ro", "mode=ro&immutable=1"):  # without a WAL index, where none can be made
+                conn = sqlite3.connect(f"{uri}?{mode}", uri=True, isolation_level=None, timeout=1.0)
+                try:
+                    conn.execute("SELECT epoch FROM ledger").fetchone()
+                except sqlite3.Error:
+                    conn.close()
+                    if "immutable" in mode:
+                        raise
+                    continue
+                self._reading = conn
+                break
+        assert self._reading is not None  # noqa: S101 - the loop ends with one or raises
+        return self._reading
 
     def _connect_for_the_first_time(self) -> None:
         """A disk that was full when the agent ended is still full: opening needs a little room, too."""
@@ -415,7 +462,12 @@ class Store:
         """Two agents on one buffer would both own its seqs: the second is refused."""
         path = self.path.with_name(self.path.name + ".lock")
         try:
-            self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as err:
+                if err.errno != errno.EROFS:
+                    raise
+                self._lock_fd = os.open(path if path.exists() else path.parent, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             os.close(self._lock_fd or -1)
@@ -463,6 +515,8 @@ class Store:
             conn.close()
             raise
         self._conn = conn
+        self._unsaved.clear()  # it was loaded anew
+        self._stop_reading()
         with contextlib.suppress(OSError):
             self._kept_wal.unlink(missing_ok=True)
         self._note_epoch()
@@ -538,7 +592,7 @@ class Store:
         reached("store.before_create")
         conn.execute("COMMIT")
 
-    def _load(self, conn: sqlite3.Connection) -> None:
+    def _load(self, conn: sqlite3.Connection, *, reading: bool = False) -> None:
         row = conn.execute("SELECT * FROM ledger").fetchone()
         if row is None:
             raise sqlite3.DatabaseError("the ledger is empty")
@@ -562,23 +616,26 @@ class Store:
             marks.append((line, c[6]))
         boot_id = self._clock.boot_id
         same = [line.boot for line, _ in marks if line.boot_id == boot_id]
-        led.boot = same[-1] if same else led.boot + 1
+        if reading and not same:  # what it shows may be old: no number that another boot may have
+            self._promised_boot = led.boot + _UNSURE_BOOTS
+        led.boot = same[-1] if same else self._promised_boot or led.boot + 1
         layouts = {int.from_bytes(k, "big"): d for k, d in conn.execute("SELECT id, data FROM layouts")}
         now = self._clock.read()
         first = _clock_row(now, led.boot, boot_id)
-        conn.execute("BEGIN IMMEDIATE")
-        try:
-            _insert_clock(conn, first, led.next_seq)
-            conn.execute("UPDATE ledger SET boot = ?", (led.boot,))
-            conn.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                conn.execute("ROLLBACK")
-            raise
-        reached("store.after_open")
-        for line, _ in marks:
-            if line.boot != led.boot:
-                self._hold.learn(synchronized=line.synchronized, wall_ns=line.wall_ns)
+        if not reading:
+            conn.execute("BEGIN IMMEDIATE")
+            try:
+                _insert_clock(conn, first, led.next_seq)
+                conn.execute("UPDATE ledger SET boot = ?", (led.boot,))
+                conn.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    conn.execute("ROLLBACK")
+                raise
+            reached("store.after_open")
+            for line, _ in marks:
+                if line.boot != led.boot:
+                    self._hold.learn(synchronized=line.synchronized, wall_ns=line.wall_ns)
         _better(clocks, first)
         marks.append((first, led.next_seq))
         self.ledger, self._layouts, self._clocks, self._marks = led, layouts, clocks, marks
@@ -690,10 +747,11 @@ class Store:
             raise
         reached("store.after_commit")
         self.ledger = led
+        self._unsaved.clear()
         self._wal_bytes += _COMMIT_PAGES * PAGE_BYTES
 
     def _write_batches(self, conn: sqlite3.Connection, led: Ledger) -> None:
-        before = self.ledger.recorded
+        before = {first: r for first, r in self.ledger.recorded.items() if first not in self._unsaved}
         gone = [(first,) for first, r in before.items() if led.recorded.get(first) != r]
         new = [r for first, r in led.recorded.items() if before.get(first) != r]
         if gone:
@@ -1131,8 +1189,50 @@ class Store:
     def rebuild(self, first: int, last: int) -> list[Batch]:
         """The same bytes again for a recorded batch; where rows have gone bad meanwhile, narrower batches around
         them. Empty where all of it has been settled. Raises `StoreRefusing`."""
-        with self._refusing():
-            return self._rebuild(self._ready(), first, last)
+        try:
+            with self._refusing():
+                return self._rebuild(self._ready(), first, last)
+        except StoreRefusing:
+            with self._only_reading() as conn:
+                found = [(r, self._read(conn, r)[0]) for r in self.recorded() if r.first <= last and first <= r.last]
+                return self._seal_all(
+                    [(r, [good[s] for s in range(r.first, r.last + 1)]) for r, good in found if len(good) == r.frames]
+                )
+
+    def claim_reading(self, count: int, settled: Sequence[Range], lowest: Priority) -> list[Batch]:
+        """As `claim`, on a disk that takes no writes: the bounds are recorded in memory alone. After a restart these
+        frames are sent again within other bounds, which the cloud takes. Raises `StoreRefusing`."""
+        cut: list[tuple[Recorded, list[bytes]]] = []
+        with self._only_reading() as conn:
+            led = self.ledger.copy()
+            view = led.copy()  # what is acked and cannot be deleted yet is not looked at
+            for first, last in settled:
+                for r in [r for r in view.recorded.values() if r.first <= last and first <= r.last]:
+                    del view.recorded[r.first]
+                view.recorded[first] = Recorded(first, last, 0, 0, b"")
+            cursor = self._cursor
+            while len(cut) < count:
+                run = self._next_run(conn, view, cursor, lowest)
+                stuck, cursor = run.cursor <= cursor and not run.frames, run.cursor
+                if run.frames:
+                    record = self._record(led, run.first, run.frames, run.readings)
+                    view.recorded[run.first] = record
+                    self._unsaved.add(run.first)
+                    cut.append((record, run.frames))
+                elif stuck or cursor >= led.next_seq:
+                    break
+            self.ledger = led
+        return self._seal_all(cut)
+
+    @contextlib.contextmanager
+    def _only_reading(self) -> Iterator[sqlite3.Connection]:
+        if self._lock_fd is None or self._damage or not self.path.exists():
+            raise StoreRefusing("the buffer cannot be read now")
+        try:
+            yield self._reader()
+        except sqlite3.Error as err:
+            self._stop_reading()
+            raise StoreRefusing(_remedy(err), _cause(err)) from err
 
     def _rebuild(self, conn: sqlite3.Connection, first: int, last: int) -> list[Batch]:
         cut: list[tuple[Recorded, Sequence[bytes]]] = []
@@ -1732,7 +1832,14 @@ class Store:
         assert self._conn is not None  # noqa: S101 - both ways above end with a connection or raise
         return self._conn
 
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._reading.close()
+            self._reading = None
+
     def _disconnect(self) -> None:
+        self._stop_reading()
         if self._conn is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._conn.close()
@@ -1750,6 +1857,8 @@ class Store:
 
 
 TOLD: Final = ".told"  #: the end of the name of what salvage says of a damaged set when it is done with it
+_READ_ONLY: Final = "the buffer's file system is read-only; check the disk (dmesg) and remount it"
+_UNSURE_BOOTS: Final = 1000  #: boots left free where the last one's number is not known for certain
 NOTE: Final = ".epoch"  #: the end of the name of the note beside a buffer file
 _TAILS: Final = ("-wal", "-shm", NOTE)
 
@@ -1777,6 +1886,13 @@ def wal_commits(path: Path) -> list[int]:
         return []
     finally:
         os.close(fd)
+
+
+def _read_only(folder: Path) -> bool:
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def is_set(path: Path) -> bool:
@@ -1884,7 +2000,7 @@ def _remedy(err: Exception) -> str:
         case sqlite3.SQLITE_FULL:
             return "the disk is full; free some space or lower buffer.max_mb"
         case sqlite3.SQLITE_READONLY:
-            return "the buffer's file system is read-only; check the disk (dmesg) and remount it"
+            return _READ_ONLY
         case sqlite3.SQLITE_IOERR:
             return f"the disk reports an error ({err}); check it (dmesg, smartctl)"
         case _:
