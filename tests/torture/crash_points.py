@@ -227,36 +227,41 @@ def refuse_nothing(rig: Rig) -> None:
     _sinks_db(rig, "DROP TRIGGER IF EXISTS refusing")
 
 
-def letters(rig: Rig) -> dict[str, int]:
-    """Dead letters by reason."""
+def letters(rig: Rig) -> dict[tuple[str, str], int]:
+    """Dead letters by sink and reason."""
     with contextlib.closing(sqlite3.connect(rig.folder / "cloud/dead_letters.db", timeout=20.0)) as db:
-        return dict(db.execute("SELECT reason, count(*) FROM letters GROUP BY reason").fetchall())
+        rows = db.execute("SELECT sink, reason, count(*) FROM letters GROUP BY sink, reason").fetchall()
+    return {(sink, reason): count for sink, reason, count in rows}
 
 
-def replay(rig: Rig, timeout_s: float = 120.0) -> None:
-    """As an operator does it, until none is left."""
+def replay(rig: Rig, timeout_s: float = 120.0) -> int:
+    """As an operator does it, until none is left; how many there were."""
     deadline_s = time.monotonic() + timeout_s
-    while letters(rig):
-        done = subprocess.run(
-            [
-                *(
-                    str(BIN / "headgate-cloud"),
-                    "dead-letters",
-                    "replay",
-                    "--config",
-                    f"{rig.folder}/cloud.toml",
-                ),
-                *("--sink", "embedded", "--ca-file", f"{rig.folder}/ca.pem"),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    replayed = 0
+    while left := letters(rig):
+        said = ""
+        for sink in sorted({sink for sink, _ in left}):
+            before = sum(letters(rig).values())
+            done = replay_command(rig, sink)
+            said += done.stdout + done.stderr
+            replayed += max(0, before - sum(letters(rig).values()))
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{letters(rig)} are left: {done.stdout}{done.stderr}")
-        if letters(rig):
-            time.sleep(1.0)
+            raise TimeoutError(f"{letters(rig)} are left: {said}")
+        time.sleep(0.5)
+    return replayed
+
+
+def replay_command(rig: Rig, sink: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(str(BIN / "headgate-cloud"), "dead-letters", "replay", "--config", f"{rig.folder}/cloud.toml"),
+            *("--sink", sink, "--ca-file", f"{rig.folder}/ca.pem"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def kill_in_replay(rig: Rig, place: Place) -> Kill:
@@ -279,21 +284,7 @@ def kill_in_replay(rig: Rig, place: Place) -> Kill:
     while child.process.poll() is None:
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"{place.name} ({place.file}) was not reached")
-        subprocess.run(
-            [
-                *(
-                    str(BIN / "headgate-cloud"),
-                    "dead-letters",
-                    "replay",
-                    "--config",
-                    f"{rig.folder}/cloud.toml",
-                ),
-                *("--sink", "embedded", "--ca-file", f"{rig.folder}/ca.pem"),
-            ],
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
+        replay_command(rig, "embedded")
         time.sleep(0.2)
     return Kill(place.name, 2, up_after(rig, "cloud"))
 
@@ -513,11 +504,13 @@ def in_rig(
     return done
 
 
-def settle_letters(rig: Rig) -> None:
-    """The rule is gone: what was refused so far is delivered, and so is what is still on its way there."""
+def settle_letters(rig: Rig) -> int:
+    """The rule is gone: what was refused so far is delivered, and so is what was still on its way there."""
+    replayed = 0
     for _ in range(3):
-        replay(rig)
+        replayed += replay(rig)
         time.sleep(1.5)
+    return replayed
 
 
 def main(argv: list[str] | None = None) -> int:
