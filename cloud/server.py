@@ -466,7 +466,7 @@ def _accounting(services: Services) -> Accounting:
 
     operator = Operator(
         services.config, dead_letters=services.dead_letters, journal=services.journal, runners=services.runners,
-        mysql=services.secrets.mysql,
+        mysql=services.secrets.mysql, clocks=services.clocks,
     )  # fmt: skip
     services.on_close.push_async_callback(operator.close)
     return Accounting(operator)
@@ -530,6 +530,8 @@ def _listen(config: Cloud) -> socket.socket:
 def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
     import uvicorn
 
+    from cloud.http_time import TimedRequests
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     class Server(uvicorn.Server):
@@ -539,7 +541,7 @@ def _http_server(config: Cloud, door: HttpDoor) -> uvicorn.Server:
 
     settings = uvicorn.Config(
         door,
-        http="httptools",
+        http=TimedRequests,
         loop="none",
         ws="none",
         lifespan="off",
