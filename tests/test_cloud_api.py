@@ -658,6 +658,32 @@ def remotely(server: Running) -> tuple[str, ...]:
     return ("--url", f"http://127.0.0.1:{server.port}")
 
 
+def test_replay_gives_a_running_servers_sink_again_what_is_missing_in_it(own: Running) -> None:
+    fill(own, poison=0)
+    since = ("replay", "--sink", "embedded", "--from", "-1d", *remotely(own))
+    would = headgate_cloud(*since, "--dry-run")
+    assert would.returncode == 0, would.stderr
+    assert would.stdout.startswith(b"to be given: ")
+    with sqlite3.connect(own.folder / "data" / "readings.sqlite") as db:
+        db.execute("DELETE FROM readings WHERE seq BETWEEN 2 AND 9")
+    db.close()
+    assert headgate_cloud("verify", *remotely(own)).returncode == 1
+    done = headgate_cloud(*since, "--yes", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["sink"], told["dry_run"], told["left"], told["corrected_readings"]) == (
+        "embedded",
+        False,
+        0,
+        0,
+    )
+    assert told["journal_readings"] > 0
+    assert headgate_cloud("verify", *remotely(own)).returncode == 0
+    wrong = headgate_cloud("replay", "--sink", "influxdb", "--from", "-1d", "--yes", *remotely(own))
+    assert wrong.returncode == 1
+    assert b"sink 'influxdb' is not running here; there is embedded, archive" in wrong.stderr + wrong.stdout
+
+
 def test_the_command_line_asks_a_server_by_its_address(server: Running) -> None:
     found = headgate_cloud("gateways", "--json", *remotely(server))
     assert found.returncode == 0, found.stderr

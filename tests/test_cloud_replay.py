@@ -21,7 +21,7 @@ from cloud.dead_letters import DeadLetters
 from cloud.journal.contract import Entry
 from cloud.journal.sqlite import SqliteJournal
 from cloud.runner import SinkRunner
-from cloud.sinks.contract import Record, Sink
+from cloud.sinks.contract import Record, Settled, Sink
 from config.cloud import Archive, Cloud, Embedded, Server
 from drivers.contract import Scan
 from sync.identity import Secret
@@ -275,6 +275,28 @@ async def test_a_crash_in_the_middle_of_a_replay_doubles_and_loses_nothing(site:
         await operator.replay_sink(SinkReplayRequest(site.kind, 0))
         assert all(len(t) == 1 and abs(t[0]) < 0.001 for t in (await site.times()).values())
         assert (await operator.verify()).ok
+
+
+async def test_the_account_holds_while_a_replay_is_under_way(site: Site) -> None:
+    async with site.running() as operator:
+        await site.journal.append(a_boot_that_is_synchronized_late(site.now_ns))
+        await site.settled()
+        (runner,) = operator._runners.values()
+        write, gate = runner.sink.write, asyncio.Event()
+
+        async def slow(records: Sequence[Record], upto_offset: int) -> Settled:
+            await gate.wait()
+            return await write(records, upto_offset)
+
+        runner.sink.write = slow  # type: ignore[method-assign]  # a store that takes its time
+        done = await operator.replay_sink(SinkReplayRequest(site.kind, 0, wait_s=0))
+        assert done.left == 5
+        assert await site.journal.cursor(site.kind) == 0
+        assert (await operator.verify()).ok
+        gate.set()
+        await site.settled()
+        assert (await operator.verify()).ok
+        assert all(len(t) == 1 and abs(t[0]) < 0.001 for t in (await site.times()).values())
 
 
 async def test_a_batch_of_30_days_ago_replayed_doubles_nothing(site: Site) -> None:

@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from cloud.api.operator import Operator, OperatorError
+from cloud.clocks import FILE as CLOCKS_FILE
+from cloud.clocks import Clocks
 from cloud.dead_letters import DeadLetters, DeadLettersError
 from cloud.journal.contract import JournalBroken, JournalError
 from config.cloud import Cloud
@@ -34,6 +36,7 @@ async def local(config: Cloud, *, journal: bool) -> AsyncIterator[Operator]:
         letters = DeadLetters(data_dir / "dead_letters.db")
         stack.push_async_callback(letters.close)
         held: SqliteJournal | None = None
+        clocks = Clocks(data_dir / CLOCKS_FILE)
         try:
             # What is not there is not made: it might then belong to the wrong user.
             if (data_dir / "dead_letters.db").exists():
@@ -44,13 +47,16 @@ async def local(config: Cloud, *, journal: bool) -> AsyncIterator[Operator]:
                 held = SqliteJournal(data_dir / "journal.db", max_bytes=config.journal.max_mb * 1024 * 1024)
                 await held.open()
                 stack.push_async_callback(held.close)
+                if (data_dir / CLOCKS_FILE).exists():
+                    await clocks.open()
+                    stack.push_async_callback(clocks.close)
         except JournalBroken as err:
             if "another process" in str(err):
                 raise JournalTaken(str(err)) from err
             raise OperatorError(str(err)) from err
         except (JournalError, DeadLettersError) as err:
             raise OperatorError(str(err)) from err
-        operator = Operator(config, dead_letters=letters, journal=held, mysql=_mysql(config))
+        operator = Operator(config, dead_letters=letters, journal=held, mysql=_mysql(config), clocks=clocks)
         stack.push_async_callback(operator.close)
         yield operator
 

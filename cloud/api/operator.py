@@ -439,7 +439,9 @@ class Operator:
         accounts: list[SinkAccount] = []
         for gateway in sorted({*before.journaled, *after.journaled, *stored}):
             held = stored.get(gateway, 0) + dead[gateway]
-            low, high, slack = before.past(gateway), after.past(gateway), guessed[gateway]
+            # A replay sends a sink back, and it holds then more than its cursor says; it may begin or end meanwhile.
+            low, high = min(before.past(gateway), after.past(gateway)), after.most(gateway)
+            slack = guessed[gateway]
             missing, doubled = max(0, low - held - slack), max(0, held - high - slack)
             expired = min(missing, max(expirable.get(gateway, 0), refused.get(gateway, 0)))
             missed = min(missing - expired, lost.get(gateway, 0))
@@ -474,7 +476,12 @@ class Operator:
             if (await journal.state()).last_offset == last:
                 break
             await asyncio.sleep(0)
-        return _Settled(journaled, Counter(await journal.pending(await journal.cursor(sink), last)))
+        cursor = await journal.cursor(sink)
+        pending = Counter(await journal.pending(cursor, last))
+        rewound = min(self._clocks.rewound(sink), last)
+        if rewound <= cursor:
+            return _Settled(journaled, pending, pending)
+        return _Settled(journaled, pending, Counter(await journal.pending(rewound, last)))
 
     def _tallies(self) -> dict[str, Callable[[], Awaitable[Mapping[str, int]]]]:
         config = self._config
@@ -600,10 +607,15 @@ def _asking() -> Iterator[None]:
 class _Settled(msgspec.Struct, frozen=True):
     journaled: Counter[str]
     pending: Counter[str]
+    never: Counter[str]  #: of the pending: what the sink cannot have from before it was sent back by a replay
 
     def past(self, gateway: str) -> int:
         """Readings that the cursor is past."""
         return self.journaled[gateway] - self.pending[gateway]
+
+    def most(self, gateway: str) -> int:
+        """Readings that it may hold: while a replay is under way, more than the cursor is past."""
+        return self.journaled[gateway] - self.never[gateway]
 
 
 class _RegistryPages:
