@@ -86,7 +86,8 @@ MARIADB = Server(
     address_variable="HEADGATE_TEST_MARIADB",
     image="mariadb:10.11",
     # The server alone: unlike mariadb-server, these start no service on the machine.
-    apt=("mariadb-server-core", "mariadb-client-core"),
+    # mariadb-client: the dump and the reader of the binary log, for the recovery drill.
+    apt=("mariadb-server-core", "mariadb-client-core", "mariadb-client"),
     companions=("mariadb-install-db", "my_print_defaults"),
 )
 VERSITYGW = Server(
