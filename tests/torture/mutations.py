@@ -3,8 +3,8 @@
     python -m tests.torture.mutations --record                 all ten, and the control
     python -m tests.torture.mutations --only no_fsync --seeds 9
 
-A bug patches the source of a shipped module as it is imported, in a process of its own. A patch that does not apply is an
-error, never a pass: whoever changes that code moves the bug along. A mutant is caught as soon as one seed fails its
+A bug patches the source of a shipped module as it is imported, in a process of its own. A patch that does not apply is
+an error, never a pass: whoever changes that code moves the bug along. A mutant is caught as soon as one seed fails its
 invariant; the unmutated control passes every seed that any mutant needed.
 """
 
@@ -249,7 +249,7 @@ def patched(source: str, patches: Sequence[Patch]) -> str:
         count = source.count(patch.old)
         if count != 1:
             raise PatchDoesNotApply(
-                f"{patch.module}: {patch.old.strip()!r} stands there {count} times, not once: move the planted bug along"
+                f"{patch.module}: {patch.old.strip()!r} stands there {count} times, not once: move the bug along"
             )
         source = source.replace(patch.old, patch.new)
     return source
@@ -332,7 +332,8 @@ def gate(
 
 def told(outcome: Outcome) -> str:
     if outcome.caught:
-        text = f"{outcome.name}: caught by {outcome.fails} with {outcome.seeds} seeds in {outcome.took_s} s: {outcome.detail}"
+        effort = f"with {outcome.seeds} seeds in {outcome.took_s} s"
+        text = f"{outcome.name}: caught by {outcome.fails} {effort}: {outcome.detail}"
     else:
         text = f"{outcome.name}: NOT CAUGHT by {outcome.fails} with {outcome.seeds} seeds ({outcome.others})"
     return text + (f"; THE CONTROL FAILED: {outcome.control_failed}" if outcome.control_failed else "")

@@ -227,10 +227,8 @@ class _NoThread:
         return
 
 
-class SimJournal(SqliteJournal):
+class InlineJournal(SqliteJournal):
     """The shipped journal without its thread: the same takes and transactions, in virtual time."""
-
-    world: ClassVar[World]
 
     async def open(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -238,11 +236,9 @@ class SimJournal(SqliteJournal):
         self._pool = ThreadPoolExecutor(1, "journal-read")
         self._thread = _NoThread()  # type: ignore[assignment]  # never started
         self._writer = ThreadPoolExecutor(1, "journal-write")
-        self._turns = 0
 
     def _submit(self, job: Any) -> None:
         self._jobs.append(job)
-        self._turns += 1
         asyncio.get_running_loop().run_in_executor(self._writer, self._turn)
 
     def _turn(self) -> None:
@@ -254,6 +250,12 @@ class SimJournal(SqliteJournal):
         group = self._take()
         failed = self._commit_group(db, group)
         loop.call_soon(self._settle, group, self._next - 1, failed)
+
+
+class SimJournal(InlineJournal):
+    """The oracle hears of what it holds, and where its cursors go."""
+
+    world: ClassVar[World]
 
     async def append(self, entries: Sequence[Entry], *args: Any, **kwargs: Any) -> list[Appended]:
         appended = await super().append(entries, *args, **kwargs)

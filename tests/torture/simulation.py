@@ -335,8 +335,9 @@ def run_poll(seed: int, hours: float = 72.0) -> Verdict:
     began_s = time.perf_counter()
     world = World(seed, faulty_sinks=False, buffer=BufferSettings(ballast_kb=64, commit_interval_s=10.0))
     world.specs = [
-        DeviceSpec("fast", 1.0, 4, takes_s=0.7),
-        DeviceSpec("slow", 30.0, 12, takes_s=4.0, fails=0.002),
+        # One that fails is tried again between its slots where they are rare; that makes more scans, not fewer.
+        DeviceSpec("fast", 1.0, 4, takes_s=0.7, fails=0.002),
+        DeviceSpec("slow", 30.0, 12, takes_s=4.0),
         DeviceSpec("meter", 10.0, 8, takes_s=2.0),
     ]
     story = Story(hours=hours, only=("outage", "half_open", "clock_jumps", "clock_unsynchronized", "bad_weather"),
