@@ -24,12 +24,21 @@ from agent.status import AgentStatus, Code, LinkHealth, LinkState, RunState
 from config.agent import Buffer as BufferSettings
 from config.agent import Metered
 from config.agent import Uplink as UplinkSettings
-from drivers.contract import Priority
+from drivers.contract import Priority, Scan
 from sync.https import HttpsUplink
 from sync.mqtt import MqttUplink
 from sync.uplink import Uplink
-from sync.wire import open_body
-from tests.fakes.buffer import GATEWAY, PACKING, READINGS, ModelCloud, StillClock, scan
+from sync.wire import encode_scan, open_body
+from tests.fakes.buffer import (
+    GATEWAY,
+    PACKING,
+    POINTS,
+    READINGS,
+    START_NS,
+    ModelCloud,
+    StillClock,
+    scan,
+)
 from tests.fakes.cloud_door import FarSide, HttpServer, mqtt_door, until
 from tests.fakes.fault_proxy import FaultProxy, fault_proxy
 from tests.fakes.uplink import MemoryUplink
@@ -269,3 +278,75 @@ async def test_an_hour_of_flapping_costs_less_than_two_hundred_lines(
     assert 100 <= len(caplog.records) <= 200
     assert "times more since it was last told" in caplog.text
     await buffer.close()
+
+
+# --- too large for the way: never a loop ---
+
+
+@pytest.mark.parametrize("way", ["nats, max_payload", "mosquitto, max_packet_size", "https, 413"])
+async def test_frames_larger_than_the_way_takes_are_parked_the_rest_arrives_and_the_link_is_left_alone(
+    tmp_path: Path, way: str, free_port: Callable[[], int]
+) -> None:
+    """The limit is 2 KB, one frame in ten has more: batches are halved, single frames too large for it are parked."""
+    limit = 2000
+    async with AsyncExitStack() as stack:
+        far, cloud, health = FarSide(), ModelCloud(), LinkHealth()
+        far.answer = lambda head: cloud.take(next(p for _, p in reversed(far.received) if _is(p, head)))
+        if way.startswith("nats"):
+            nats = stack.enter_context(run.nats(users=USERS, extra=[f"max_payload: {limit}"]))
+            host, port, kind = nats.host, nats.mqtt_port, "mqtt"
+            await stack.enter_async_context(mqtt_door(far, host, port))
+        elif way.startswith("mosquitto"):
+            extra = [f"max_packet_size {limit}"]
+            broker = stack.enter_context(run.mosquitto(users=USERS, acl=ACL, extra=extra))
+            host, port, kind = broker.host, broker.port, "mqtt"
+            await stack.enter_async_context(mqtt_door(far, host, port))
+        else:
+            host, port, kind = "127.0.0.1", free_port(), "https"
+            server = HttpServer(far, GATEWAY, TOKEN, port)
+            server.most_bytes = limit
+            await server.start()
+            stack.push_async_callback(server.stop)
+        line = await stack.enter_async_context(fault_proxy(port, to_host=host))
+        settings = UplinkSettings(
+            host="127.0.0.1", port=line.port, tls=False, ack_timeout_s=3.0, backoff_min_s=0.02, backoff_max_s=0.2
+        )  # fmt: skip
+        uplink = Counted((MqttUplink if kind == "mqtt" else HttpsUplink)(GATEWAY, settings, TOKEN))
+        buffer = await Buffer.open(
+            tmp_path / "buffer.db", GATEWAY, BufferSettings(commit_interval_s=0.02), StillClock()
+        )
+        buffer.register(PACKING.layout)
+        rng = random.Random(3)
+        large = {7, 18, 29}
+        for n in range(40):
+            text = f"{rng.getrandbits(24_000 if n in large else 400):x}"
+            frame = encode_scan(PACKING, Scan(START_NS + n * 10**6, POINTS, [n, text]), buffer.boot)
+            assert buffer.append(frame, READINGS)
+        await buffer.commit()
+        tasks = [
+            asyncio.create_task(buffer.run()),
+            asyncio.create_task(Forwarder(buffer, uplink, settings, health, random.Random(1)).run()),
+        ]
+        try:
+            count = 40
+            async with asyncio.timeout(90):
+                while buffer.state.parked_frames < len(large):  # devices go on meanwhile
+                    assert buffer.append(scan(count, boot=buffer.boot), READINGS)
+                    count += 1
+                    await asyncio.sleep(0.2)
+            await until(
+                lambda: buffer.state.buffered_frames == 0 and buffer.state.pending_frames == 0, timeout_s=30
+            )
+            assert sorted(cloud.numbers()) == sorted(set(range(count)) - large)
+            settled_opens = uplink.opens
+            await asyncio.sleep(1.0)
+            assert uplink.opens == settled_opens  # no loop
+            if not way.startswith("nats"):
+                assert uplink.opens == 1  # told beforehand, or by a status: the way never broke
+            assert health.state is LinkState.UP
+        finally:
+            far.over.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await buffer.close()

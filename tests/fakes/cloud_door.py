@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 
-from cloud.http import Credentials, HttpDoor
+from cloud.http import Credentials, HttpDoor, Receive, Scope, Send
 from cloud.intake import Arrival, Intake, Verdict
 from cloud.metrics import Metrics
 from cloud.mqtt import MqttDoor
@@ -103,7 +103,20 @@ class HttpServer:
             for message in ok:
                 await send(message)  # type: ignore[misc]  # ASGI's send, whose exact type is its own
 
-        self._app = HttpDoor(far, Credentials({gateway: token}), Metrics(), rest)
+        door = HttpDoor(far, Credentials({gateway: token}), Metrics(), rest)
+        self.most_bytes: int | None = None  #: as a proxy in front with a limit of its own: 413 above it
+
+        async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+            size = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
+            if self.most_bytes is None or size <= self.most_bytes:
+                await door(scope, receive, send)
+                return
+            while (await receive()).get("more_body"):
+                pass
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body", "body": b"<html>too large</html>"})
+
+        self._app = limited
         self.port = port
         self._tls = tls
         self._server: uvicorn.Server | None = None
