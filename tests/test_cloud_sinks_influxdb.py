@@ -379,7 +379,7 @@ async def test_readings_beyond_the_buckets_retention_are_rejected_and_the_rest_i
     records = [scan(of, i + 1, 1.0, 2.0, at_ns=at - (48 * 3600 * S if i in old else 0)) for i in range(20)]
     settled = await sink.write(records, 20)
     assert {r.index for r in settled.rejected} == old
-    assert all("retention policy" in r.reason and r.points == () for r in settled.rejected)
+    assert all("retention policy" in r.reason and r.points == () and r.expired for r in settled.rejected)
     assert bucket.count("heat", "a") == bucket.count("heat", "b") == 16
     await sink.close()
 
