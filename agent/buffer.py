@@ -172,6 +172,9 @@ class Buffer:
             raise BufferUnusable(str(err)) from err
         buffer.boot = store.ledger.boot
         buffer._look()
+        if store.refusing is not None:
+            buffer._unwell(store.refusing)
+            buffer._wake.set()  # asks the disk again, and again
         return buffer
 
     def __init__(self, store: Store, limits: Limits, settings: BufferSettings, clock: Clock) -> None:
@@ -402,7 +405,13 @@ class Buffer:
     def recorded(self) -> list[Bounds]:
         """Batches whose bounds are fixed and that no ack has settled, oldest first: after a restart, or when the way
         comes back, all of them are sent again (`rebuild`)."""
-        return [*self._store.bounds(), *(one for store in self._salvages.stores for one in store.bounds())]
+        known = [*self._store.bounds(), *(one for store in self._salvages.stores for one in store.bounds())]
+        if (
+            self._settled
+        ):  # a disk that refuses does not forget what is acked, and it must not go again and again
+            acked = self._settled
+            known = [b for b in known if (b.epoch, (b.first, b.last)) not in acked]
+        return known
 
     async def claim(self, count: int, lowest: Priority = Priority.BULK) -> list[Batch]:
         """Cut up to `count` batches of frames that are in none: alarms first, then the oldest, and none below the
@@ -474,7 +483,16 @@ class Buffer:
 
     def _claim(self, count: int, settled: dict[tuple[int, Range], None], lowest: Priority) -> list[Batch]:
         """On the writer's thread. What was salvaged has what the others leave."""
-        batches = self._store.claim(count, self._of_this_epoch(settled), lowest)
+        acked = self._of_this_epoch(settled)
+        try:
+            batches = self._store.claim(count, acked, lowest)
+        except StoreRefusing:
+            batches = self._store.claim_reading(count, acked, lowest)  # the way out stays open
+            if not batches:
+                raise
+            for key in settled:
+                self._loop.call_soon_threadsafe(self._settled.setdefault, key, None)
+            return batches
         for one in self._of_this_epoch(settled):
             settled.pop((self._store.ledger.epoch, one), None)
         self._settle_old(settled)
@@ -576,7 +594,7 @@ class Buffer:
         done: asyncio.Future[bool] = self._loop.create_future()
         group = self._stuck.popleft() if self._stuck else self._take()
         settled, self._settled = self._settled, {}
-        if group.empty and not settled:
+        if group.empty and not settled and self._condition is not Condition.HOLDING:
             done.set_result(True)
             return done
         room = self.live_room if self.on_live is not None else 0

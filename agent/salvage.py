@@ -746,7 +746,7 @@ class Salvaged(Store):
         conn.execute("INSERT INTO salvage VALUES (?)", (msgspec.msgpack.encode(Progress(said=said)),))
         conn.execute("COMMIT")
 
-    def _load(self, conn: sqlite3.Connection) -> None:
+    def _load(self, conn: sqlite3.Connection, *, reading: bool = False) -> None:
         try:
             row = conn.execute("SELECT progress FROM salvage").fetchone()
         except sqlite3.OperationalError as err:
@@ -756,7 +756,7 @@ class Salvaged(Store):
         except (TypeError, msgspec.DecodeError, UnicodeDecodeError) as err:
             raise sqlite3.DatabaseError("where the search stands cannot be read") from err
         self._seqs = Seqs(self.progress.found)
-        super()._load(conn)
+        super()._load(conn, reading=reading)
 
     def _replace(self, why: str) -> None:
         """This file can be made again from the damaged set; the cloud knows what it has had already."""

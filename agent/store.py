@@ -31,6 +31,7 @@ import logging
 import os
 import secrets
 import sqlite3
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -342,7 +343,9 @@ class Store:
         self._clock = clock
         self.refusing: StoreRefusing | None = None  #: why the file could only be opened for reading
         self._conn: sqlite3.Connection | None = None
-        self._reading: sqlite3.Connection | None = None  #: while the disk takes no writes and there is no other
+        self._reading: sqlite3.Connection | None = (
+            None  #: while the disk takes no writes and there is no other
+        )
         self._promised_boot = 0  #: a boot's number that frames in memory have, before any file knows of it
         self._unsaved: set[int] = set()  #: firsts of recorded batches that no file knows of
         self._lock_fd: int | None = None
@@ -407,11 +410,11 @@ class Store:
     def _open_reading(self, err: sqlite3.Error | StoreRefusing) -> bool:
         """On a disk that takes no writes now: what the file holds can be read and sent, new readings wait in memory
         until it takes them again. Whether that can be done."""
-        if not (_read_only(self.path.parent) or _code(err) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)):
+        if not (
+            _read_only(self.path.parent) or _code(err) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
+        ):
             return False
-        self.refusing = StoreRefusing(_remedy(err), _cause(err))
-        if _read_only(self.path.parent):
-            self.refusing = StoreRefusing(_READ_ONLY, "disk_readonly")
+        self.refusing = self._refusal(err)
         try:
             if self.path.exists():
                 self._load(self._reader(), reading=True)
@@ -548,8 +551,20 @@ class Store:
             raise sqlite3.DatabaseError(f"the WAL is damaged: {hidden} committed transactions cannot be read")
 
     def _quick_check(self, conn: sqlite3.Connection) -> None:
-        deadline_s = time.monotonic() + self._limits.quick_check_s
-        conn.set_progress_handler(lambda: int(time.monotonic() > deadline_s), 20_000)
+        """Within its budget. The walk through the file is one step of SQLite's machine, in which it asks no progress
+        handler but does look at `interrupt`: a GB that is not in the cache took 40 s with a handler."""
+        if not self._limits.quick_check_s:
+            return
+        over = threading.Event()
+
+        def interrupt() -> None:
+            wait_s = self._limits.quick_check_s
+            while not over.wait(wait_s):
+                conn.interrupt()
+                wait_s = 0.05  # again, should it have come before the statement
+
+        watch = threading.Thread(target=interrupt, name="quick-check", daemon=True)
+        watch.start()
         try:
             found = conn.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.OperationalError as err:
@@ -559,7 +574,8 @@ class Store:
                      self.path, self._limits.quick_check_s)  # fmt: skip
             return
         finally:
-            conn.set_progress_handler(None, 0)
+            over.set()
+            watch.join()  # an interrupt that comes late would hit the next statement
         if found != "ok":
             raise sqlite3.DatabaseError(f"quick check: {found}")
 
@@ -1194,9 +1210,17 @@ class Store:
                 return self._rebuild(self._ready(), first, last)
         except StoreRefusing:
             with self._only_reading() as conn:
-                found = [(r, self._read(conn, r)[0]) for r in self.recorded() if r.first <= last and first <= r.last]
+                found = [
+                    (r, self._read(conn, r)[0])
+                    for r in self.recorded()
+                    if r.first <= last and first <= r.last
+                ]
                 return self._seal_all(
-                    [(r, [good[s] for s in range(r.first, r.last + 1)]) for r, good in found if len(good) == r.frames]
+                    [
+                        (r, [good[s] for s in range(r.first, r.last + 1)])
+                        for r, good in found
+                        if len(good) == r.frames
+                    ]
                 )
 
     def claim_reading(self, count: int, settled: Sequence[Range], lowest: Priority) -> list[Batch]:
@@ -1232,7 +1256,7 @@ class Store:
             yield self._reader()
         except sqlite3.Error as err:
             self._stop_reading()
-            raise StoreRefusing(_remedy(err), _cause(err)) from err
+            raise self._refusal(err) from err
 
     def _rebuild(self, conn: sqlite3.Connection, first: int, last: int) -> list[Batch]:
         cut: list[tuple[Recorded, Sequence[bytes]]] = []
@@ -1798,8 +1822,14 @@ class Store:
             if isinstance(again, sqlite3.Error):
                 self._broken(again)
                 full = _code(again) == sqlite3.SQLITE_FULL  # after any other error it may be kept after all
-            raise (StoreFull if full else StoreRefusing)(_remedy(again), _cause(again)) from again
-        raise StoreRefusing(_remedy(err), _cause(err)) from err
+            raise (StoreFull(_remedy(again), _cause(again)) if full else self._refusal(again)) from again
+        raise self._refusal(err) from err
+
+    def _refusal(self, err: Exception) -> StoreRefusing:
+        """In words, and as one of `agent.status.Code`. SQLite cannot always tell why it cannot open a file."""
+        if _read_only(self.path.parent):
+            return StoreRefusing(_READ_ONLY, "disk_readonly")
+        return StoreRefusing(_remedy(err), _cause(err))
 
     def _broken(self, err: sqlite3.Error) -> None:
         """After an I/O error never use the same descriptor again: its failed pages may be marked clean
@@ -1819,7 +1849,7 @@ class Store:
             yield
         except sqlite3.Error as err:
             self._broken(err)
-            raise StoreRefusing(_remedy(err), _cause(err)) from err
+            raise self._refusal(err) from err
 
     def _ready(self) -> sqlite3.Connection:
         """The connection, opened anew where it had to be given up. Raises `sqlite3.Error`, `StoreRefusing`."""
