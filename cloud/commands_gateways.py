@@ -23,12 +23,20 @@ async def gateways(place: Place, as_json: bool) -> None:
     rows = [
         (
             g.gateway, _ago(now_ns - g.last_seen_ns) if g.last_seen_ns else "never", str(g.batches), str(g.readings),
-            str(g.frames_duplicate), "yes" if g.admitted else "not here",
+            str(g.frames_duplicate), _skew(g.heartbeat.state if g.heartbeat else {}),
+            "yes" if g.admitted else "not here",
         )
         for g in found
     ]  # fmt: skip
-    heads = ("GATEWAY", "LAST SEEN", "BATCHES", "READINGS", "DUPLICATE FRAMES", "HTTP TOKEN")
+    heads = ("GATEWAY", "LAST SEEN", "BATCHES", "READINGS", "DUPLICATE FRAMES", "CLOCK", "HTTP TOKEN")
     print_table(heads, rows, empty="no gateway is admitted, and none was ever seen")
+
+
+def _skew(heartbeat: dict[str, object]) -> str:
+    from cloud.skew import skew_in
+
+    seconds = skew_in(heartbeat)
+    return "" if seconds is None else f"{seconds:+.1f} s"
 
 
 def _ago(ns: int) -> str:

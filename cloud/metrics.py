@@ -109,6 +109,9 @@ class Gauges:
     memory_bytes: int = 0
     new_series_refused: tuple[tuple[str, int], ...] = ()  #: (gateway, readings), by every sink that asked
     skewed_batches: tuple[tuple[str, int], ...] = ()  #: (gateway, batches)
+    clock_skew_s: tuple[
+        tuple[str, float], ...
+    ] = ()  #: (gateway, seconds ahead of this machine; behind: below 0)
     accounts: Accounts = NOT_YET
     problems: tuple[str, ...] = ()  #: codes of `cloud.health`
     gateway_problems: tuple[tuple[str, str], ...] = ()  #: (gateway, the agent's code)
@@ -229,6 +232,14 @@ def _measured(gauges: Gauges) -> Iterator[Metric]:
         ("clock_skewed_batches", "Batches of a gateway whose clock was ahead by more than limits.skew_alarm_s.",
          gauges.skewed_batches),
     ]  # fmt: skip
+    skew = GaugeMetricFamily(
+        "headgate_clock_skew_seconds",
+        "A gateway's clock less this one, as it found by its last ack; below 0: behind.",
+        labels=["tenant", "gateway"],
+    )
+    for gateway, seconds in gauges.clock_skew_s:
+        skew.add_metric(gateway.split("/"), seconds)
+    yield skew
     for name, text, numbers in by_gateway:
         family = CounterMetricFamily(f"headgate_{name}", text, labels=["tenant", "gateway"])
         for gateway, number in numbers:

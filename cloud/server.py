@@ -45,7 +45,7 @@ from cloud.preflight import Secrets, read_secrets
 from cloud.quotas import Quota, Quotas
 from cloud.runner import SinkRunner
 from cloud.sinks.contract import Sink
-from cloud.skew import Skews
+from cloud.skew import Skews, skew_in
 from config.cloud import Cloud
 
 if TYPE_CHECKING:
@@ -409,6 +409,11 @@ class CloudServer:
             memory_bytes=_resident_bytes(),
             new_series_refused=tuple(sorted(services.guard.refused_total.items())),
             skewed_batches=tuple(sorted(services.skews.batches.items())),
+            clock_skew_s=tuple(
+                (beat.gateway, seconds)
+                for beat in await journal.states()
+                if (seconds := skew_in(heartbeat_of(beat.state))) is not None
+            ),
             accounts=self._accounting.last if self._accounting is not None else NOT_YET,
             problems=tuple(problem.code for problem in problems(view)),
             gateway_problems=tuple((g.name, code) for g in view.gateways for code in g.problems),

@@ -1,6 +1,7 @@
 """Gateways whose clock runs ahead: flagged, counted, told once; their data is kept.
 
-A clock that runs behind cannot be told from data that comes late, and is not looked for here.
+In the times of readings a clock that runs behind cannot be told from data that comes late, and is not looked for. The
+agent itself sees both, by the cloud's clock in an ack, and tells it in its heartbeat (`skew_in`).
 
 Rules:
 1. A batch counts once, however many sinks decode it: a sink that follows later meets offsets that are counted already.
@@ -17,6 +18,13 @@ log = logging.getLogger(__name__)
 
 SKEW_NS: Final = 300 * 10**9  #: `limits.skew_alarm_s` unless told otherwise
 QUIET_NS: Final = 3_600 * 10**9
+
+
+def skew_in(heartbeat: object) -> float | None:
+    """What a gateway found by the cloud's last ack: its clock less the cloud's, in seconds; None: not told."""
+    link = heartbeat.get("link") if isinstance(heartbeat, dict) else None
+    found = link.get("skew_s") if isinstance(link, dict) else None
+    return float(found) if isinstance(found, int | float) else None
 
 
 class Skews:

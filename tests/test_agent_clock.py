@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from agent.clock import ClockReading, ClockWatch, SystemClock
+from agent.clock import ClockReading, ClockWatch, Hold, SystemClock
 
 S = 10**9
 
@@ -58,3 +58,24 @@ def test_the_machines_clocks_agree_with_python_and_the_boot_id_is_the_kernels() 
     assert now.error_ns >= 0
     assert SystemClock().boot_id == clock.boot_id
     assert len(clock.boot_id) >= 8
+
+
+def test_readings_wait_only_for_a_clock_that_is_to_be_expected() -> None:
+    hour = 3_600 * S
+    now = reading(100, 1.8e9, synchronized=False)
+    assert not Hold(hour).waits(now), "a time that can be, and no word of a better one"
+    assert Hold(hour).waits(reading(100, 0, synchronized=False)), "1970"
+    earlier = Hold(hour)
+    earlier.learn(synchronized=True, wall_ns=1)
+    assert earlier.waits(now), "an earlier boot had a time server"
+    behind = Hold(hour)
+    behind.learn(synchronized=False, wall_ns=now.wall_ns + 1)
+    assert behind.waits(now), "an earlier boot has shown more"
+    assert not Hold(0).waits(reading(100, 0, synchronized=False)), "turned off"
+
+
+def test_the_wait_is_counted_from_the_first_time_one_could_have_been_sent() -> None:
+    hold = Hold(3_600 * S)
+    assert hold.waits(reading(90_000, 0, synchronized=False)), "a day offline costs none of it"
+    assert hold.waits(reading(93_599, 0, synchronized=False))
+    assert not hold.waits(reading(93_600, 0, synchronized=False))

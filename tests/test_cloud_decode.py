@@ -454,3 +454,10 @@ def test_a_core_decodes_more_than_a_million_and_a_half_values_a_second(points: i
         decoder.decode(entry)
         best_s = min(best_s, time.process_time() - started)
     assert points * 60 / best_s > 1_500_000
+
+
+def test_a_gateways_own_word_on_its_skew_is_taken_where_it_is_a_number() -> None:
+    from cloud.skew import skew_in
+
+    assert skew_in({"link": {"skew_s": -7.5}}) == -7.5
+    assert [skew_in(odd) for odd in (None, [], {}, {"link": 1}, {"link": {"skew_s": None}})] == [None] * 5
