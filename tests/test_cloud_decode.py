@@ -460,4 +460,5 @@ def test_a_gateways_own_word_on_its_skew_is_taken_where_it_is_a_number() -> None
     from cloud.skew import skew_in
 
     assert skew_in({"link": {"skew_s": -7.5}}) == -7.5
-    assert [skew_in(odd) for odd in (None, [], {}, {"link": 1}, {"link": {"skew_s": None}})] == [None] * 5
+    odd: tuple[object, ...] = (None, [], {}, {"link": 1}, {"link": {"skew_s": None}})
+    assert [skew_in(one) for one in odd] == [None] * 5
