@@ -201,6 +201,24 @@ def test_a_million_rows_are_brought_up_in_no_time(folder: Path) -> None:
     assert wrong == 0
 
 
+def test_the_check_at_start_keeps_its_budget_however_large_the_file(folder: Path) -> None:
+    path = folder / "buffer.db"
+    many(path, 1_000_000)
+    with closing(sqlite3.connect(path)) as conn:
+        began_s = time.monotonic()
+        conn.execute("PRAGMA quick_check(1)").fetchone()
+        whole_s = time.monotonic() - began_s
+    budget_s = whole_s / 10
+    store = Store(path, str(GATEWAY), Limits(max_bytes=2**30, quick_check_s=budget_s), StillClock("boot-c"))
+    began_s = time.monotonic()
+    store.open()
+    took_s = time.monotonic() - began_s
+    assert store.ledger.held_frames == 1_000_000
+    store.close()
+    print(f"whole {whole_s:.2f} s, within the budget of {budget_s:.2f} s: {took_s:.2f} s")
+    assert took_s < budget_s + whole_s / 2
+
+
 def make_newer(path: Path, *, usable_by: int) -> None:
     opened(path).close()
     with closing(sqlite3.connect(path)) as conn:
