@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.torture.crash_points import DRIVERS, SINK, Driven, Result, in_rig, places
+from tests.torture.crash_points import DRIVERS, ROOT, SINK, Driven, Result, in_rig, places
 
 SEED = 5
 
@@ -37,6 +39,14 @@ def test_killed_where_a_driver_is_needed_nothing_is_lost_or_doubled(name: str, t
     folder = tmp_path / "state"
     folder.mkdir()
     assert Driven(place, folder, random.Random(SEED)).run(2) == []
+
+
+@pytest.mark.timeout(240)
+def test_delivery_killed_at_boundaries_of_sinks_ends_with_each_reading_once_in_each() -> None:
+    words = ["-m", "tests.torture.sink_kills", "--kills", "12", "--seed", str(SEED)]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 kills at 12 of" in done.stdout
 
 
 @pytest.mark.timeout(240)
