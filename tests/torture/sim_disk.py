@@ -147,7 +147,8 @@ class _Room:
 
     f_frsize = 4096
 
-    def __init__(self, free_bytes: int) -> None:
+    def __init__(self, free_bytes: int, *, read_only: bool) -> None:
+        self.f_flag = os.ST_RDONLY if read_only else 0
         self.f_bavail = self.f_bfree = free_bytes // self.f_frsize
         self.f_blocks = 2**24
 
@@ -159,7 +160,8 @@ class SimOs:
         self._disk_of = disk_of
 
     def statvfs(self, path: Any) -> _Room:
-        return _Room(self._disk_of(Path(path)).free_bytes)
+        disk = self._disk_of(Path(path))
+        return _Room(disk.free_bytes, read_only=disk.fault == "readonly")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
