@@ -44,7 +44,7 @@ class Buffer(_Strict, frozen=True, kw_only=True):
     commit_interval_s: Annotated[float, Meta(ge=0.01, le=60)] = 1.0  #: the published loss window
     commit_max_kb: Annotated[int, Meta(ge=1, le=16_384)] = 256  #: commit earlier when this much is pending
     low_latency: bool = False  #: commit every 100 ms instead
-    quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 1.0  #: time budget for the check at start
+    quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 0.5  #: time budget for the check at start
     keep_damaged_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 1024  #: damaged files kept after they were salvaged
     max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
     clock_hold_s: Annotated[float, Meta(ge=0, le=604_800)] = (

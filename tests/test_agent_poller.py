@@ -1009,3 +1009,28 @@ async def test_who_stopped_waiting_for_a_silent_device_keeps_nobody_else_from_as
         await asyncio.sleep(0)
         speak.set()
         assert (await asked).values == (7, 7)
+
+
+async def test_points_of_different_priority_travel_in_frames_of_their_own_and_none_is_lost() -> None:
+    points = (
+        Point(name="a", type=ValueType.U16),
+        Point(name="door", type=ValueType.BOOL, priority=Priority.ALARM),
+        Point(name="b", type=ValueType.U16),
+        Point(name="wave", type=ValueType.F32, priority=Priority.BULK),
+    )
+    store = ListStore()
+    scan = Scan(1000, points, (1, True, None, 2.5), {2: Reason.TIMEOUT})
+
+    async def read(number: int) -> Scan:
+        return scan
+
+    driver = Asked(read)
+    driver.points = points
+    assert poller_of(driver, store)._append(scan, 4)
+    kept = store.kept
+    assert store.priorities == [Priority.ALARM, Priority.NORMAL, Priority.BULK]
+    assert [k.names for k in kept] == [("door",), ("a", "b"), ("wave",)]
+    assert [list(k.values) for k in kept] == [[True], [1, None], [2.5]]
+    assert [k.reasons for k in kept] == [{}, {1: Reason.TIMEOUT}, {}]
+    assert {k.taken_at_ns for k in kept} == {1000}
+    assert store.readings == 4
