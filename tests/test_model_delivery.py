@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -180,7 +180,8 @@ class Delivery(RuleBasedStateMachine):
     @rule(data=st.data())
     def park(self, data: st.DataObject) -> None:
         bounds = data.draw(st.sampled_from([b for b in self.buffer.recorded() if b.first == b.last]))
-        self._do("agent", self._parked(bounds.epoch, bounds.first))
+        if self.where.get((bounds.epoch, bounds.first), b"")[1:2] == b"\x00":
+            self._do("agent", self._parked(bounds.epoch, bounds.first))
 
     async def _parked(self, epoch: int, seq: int) -> bool:
         return await self.buffer.park(epoch, seq, "frame", "the model says so")
@@ -237,7 +238,9 @@ class Delivery(RuleBasedStateMachine):
     @rule(at=st.integers(0, 10**6))
     def corrupt_a_row(self, at: int) -> None:
         with contextlib.closing(self._raw("agent")) as conn:
-            rows = conn.execute("SELECT seq, data FROM frames").fetchall()
+            # A gap record that rots or is refused is itself told by its own seq alone: what it covered is in the ledger.
+            found = conn.execute("SELECT seq, data FROM frames").fetchall()
+            rows = [row for row in found if row[1][1:2] != b"\x01"]
             if not rows:
                 return
             seq, data = rows[at % len(rows)]
@@ -397,6 +400,7 @@ TestDelivery.settings = settings(
     stateful_step_count=40,
     deadline=None,
     print_blob=True,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),  # to explain takes minutes
     derandomize="HEADGATE_MODEL_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
 )
