@@ -541,6 +541,10 @@ class Daemon:
         status.devices = [device.gauge.told(now_boot_ns) for device in self._devices.values()]
         status.rss_bytes = rss_bytes()
         status.cpu_s = round(time.process_time(), 3)
+        status.disk_floor_bytes = self._config.buffer.free_disk_mb * 1024 * 1024
+        with contextlib.suppress(OSError):  # `_watch_disk` tells it
+            disk = os.statvfs(self._folder)
+            status.disk_free_bytes = disk.f_bavail * disk.f_frsize
         status.problems = status_file.problems(status, running=True, now_ns=status.written_ns)
         return status
 

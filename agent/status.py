@@ -153,6 +153,7 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     rss_bytes: int = 0
     cpu_s: float = 0.0
     disk_free_bytes: int = 0
+    disk_floor_bytes: int = 0  #: below this the buffer drops what it must (`buffer.free_disk_mb`)
     stalls: int = 0  #: times that the event loop stood still through no driver's fault
     stalled_s: float = 0.0
     stalled_at: str = ""  #: where, the last time
@@ -217,6 +218,8 @@ def problems(status: AgentStatus, *, running: bool | None, now_ns: int) -> list[
     found = [*_run(status, running=running, now_ns=now_ns), *_config(status.config)]
     if status.buffer is not None:
         found += _buffer(status.buffer)
+    if running is not False and status.disk_free_bytes < status.disk_floor_bytes:
+        found += _disk(status, found)
     if running is not False:
         found += _link(status.link, now_ns)
         found += _clock(status.clock, status.link)
@@ -334,6 +337,19 @@ def _clock(clock: ClockHealth, link: LinkHealth) -> Sequence[Problem]:
         where = "ahead of" if skew_s > 0 else "behind"
         found.append(Problem(f"clock: {abs(skew_s):.0f} s {where} the cloud's", reach, Code.CLOCK_SKEW))
     return found
+
+
+def _disk(status: AgentStatus, found: Sequence[Problem]) -> Sequence[Problem]:
+    if any(problem.code in (Code.DISK_LOW, Code.DISK_FULL) for problem in found):
+        return []  # the buffer says it already, with what follows from it
+    return [
+        Problem(
+            f"disk: {status.disk_free_bytes // _MB} MB free, less than the {status.disk_floor_bytes // _MB} MB "
+            "that are to stay free: the buffer grows no more",
+            "free some space, or lower buffer.free_disk_mb",
+            Code.DISK_LOW,
+        )
+    ]
 
 
 def _link(link: LinkHealth, now_ns: int) -> Sequence[Problem]:
