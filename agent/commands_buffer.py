@@ -123,6 +123,30 @@ def drop_damaged(place: _Place, *, yes: bool) -> None:
     click.echo(f"{len(gone)} removed, {sum(one.size_bytes for one in gone) / _MB:,.1f} MB")
 
 
+@buffer.command()
+@click.argument("version", type=click.IntRange(min=1))
+@click.pass_obj
+def schema(place: _Place, version: int) -> None:
+    """Bring the buffer's file to the schema VERSION of another headgate, before that one is installed.
+
+    The agent must be stopped. No row is removed; what the older schema cannot say (a priority) is forgotten.
+    """
+    import sqlite3
+
+    from agent.store_migrations import SchemaUnknown, to_version
+
+    path = place.folder / "buffer.db"
+    try:
+        changed = to_version(path, version)
+    except BlockingIOError:
+        _fail(f"an agent is using {path}; stop it first: systemctl stop headgate")
+    except FileNotFoundError:
+        _fail(f"there is no {path}: the agent never ran there, or give --state-dir")
+    except (SchemaUnknown, sqlite3.Error, OSError) as err:
+        _fail(str(err))
+    click.echo(f"{path}: schema {version}; {changed:,} rows changed, none removed")
+
+
 def _gateway(place: _Place) -> str:
     """Whose buffer it is: as the agent last said, else as the configuration says."""
     from agent import status as status_file

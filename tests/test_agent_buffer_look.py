@@ -115,3 +115,18 @@ def test_nothing_is_dropped_that_salvage_is_not_done_with(tmp_path: Path) -> Non
     told = asked(tmp_path, "drop-damaged", "--yes")
     assert "1 removed" in told.output
     assert not aside.exists()
+
+
+def test_the_file_is_brought_to_the_schema_of_an_older_agent_and_back(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.commit(mixed([1], [2], [3]), (), 0)
+    refused = asked(tmp_path, "schema", "1")
+    assert refused.exit_code == 2
+    assert "stop it first" in refused.output
+    store.close()
+    assert "none removed" in asked(tmp_path, "schema", "1").output
+    assert asked(tmp_path, "schema", "99").exit_code == 2
+    assert asked(tmp_path, "schema", "2").exit_code == 0
+    (held,), _ = buffer_look.look(tmp_path)
+    assert held.readings == 3 * READINGS
+    assert asked(tmp_path / "nowhere", "schema", "1").exit_code == 2
