@@ -163,7 +163,7 @@ def test_an_export_is_imported_once_however_often_it_is_brought(tmp_path: Path, 
         verdict = cloud.json("/v1/verify")
         assert isinstance(verdict, dict)
         assert verdict["ok"], verdict
-        stored = {row["sink"]: row["stored"] + row["dead"] for row in verdict["sinks"]}
+        stored = {row["sink"]: row["stored"] + row["dead"] + row["expired"] for row in verdict["sinks"]}
         assert stored == {"embedded": 4000, "archive": 4000}
     finally:
         cloud.stop()
@@ -187,7 +187,7 @@ def test_what_the_gateway_sends_later_is_not_doubled(tmp_path: Path, cloud: Runn
         verdict = cloud.json("/v1/verify")
         assert isinstance(verdict, dict)
         assert verdict["ok"], verdict
-        assert {row["stored"] + row["dead"] for row in verdict["sinks"]} == {500 * READINGS}
+        assert {row["stored"] + row["dead"] + row["expired"] for row in verdict["sinks"]} == {500 * READINGS}
     finally:
         cloud.stop()
 
