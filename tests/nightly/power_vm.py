@@ -27,6 +27,7 @@ from tests.torture.report import Finding, record
 
 DISK_MB = 64
 BOOT_S = 180.0
+OWED_S = 30.0
 
 
 def guest(seed: int) -> None:
@@ -57,17 +58,30 @@ def cut(command: Sequence[str], work_s: float) -> tuple[Truth, int]:
     assert guest_process.stdout is not None
     truth, marks, said = Truth(), 0, b""
     deadline_s, ready = time.monotonic() + BOOT_S, False
+
+    def take(lines: Sequence[bytes]) -> None:
+        nonlocal marks
+        for line in lines:
+            line = line.strip(b"\r")
+            if line.startswith(b"@") and line.endswith(b"$"):
+                truth.take(decode_mark(base64.b64decode(line[1:-1])))
+                marks += 1
+
     try:
         os.set_blocking(guest_process.stdout.fileno(), False)
-        while time.monotonic() < deadline_s:
+        # Past its time it goes on until something is owed: a cut after which nothing must be there shows nothing.
+        while time.monotonic() < deadline_s or (
+            ready and not truth.outstanding and time.monotonic() < deadline_s + OWED_S
+        ):
             data = guest_process.stdout.read()
             if data:
-                said += data
+                *whole, said = (said + data).split(b"\n")
+                take(whole)
             elif guest_process.poll() is not None:
                 raise RuntimeError(f"the guest ended: {said[-2000:].decode(errors='replace')}")
             else:
                 time.sleep(0.01)
-            if not ready and b"@" in said:
+            if not ready and marks:
                 ready, deadline_s = True, time.monotonic() + work_s
         if not ready:
             raise RuntimeError(f"the guest never began: {said[-2000:].decode(errors='replace')}")
@@ -76,10 +90,7 @@ def cut(command: Sequence[str], work_s: float) -> tuple[Truth, int]:
         os.set_blocking(guest_process.stdout.fileno(), True)
         said += guest_process.stdout.read() or b""
         guest_process.wait()
-    for line in said.replace(b"\r", b"").split(b"\n"):
-        if line.startswith(b"@") and line.endswith(b"$"):
-            truth.take(decode_mark(base64.b64decode(line[1:-1])))
-            marks += 1
+    take(said.split(b"\n"))
     return truth, marks
 
 

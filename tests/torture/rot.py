@@ -48,7 +48,7 @@ OPEN_S: Final = 5.0
 SHARE: Final = 0.95
 _PAGE: Final = 4096
 _ROWS: Final = 1500
-_ENTRIES: Final = 800
+_ENTRIES: Final = 400
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -469,7 +469,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--damages", type=int, default=1000, help="per subject")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=SUBJECTS)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--processes", type=int, default=2 * (os.cpu_count() or 1), help="more than cores: some damages wait"
+    )
     parser.add_argument("--record", action="store_true", help="write the figures for docs/reliability.md")
     args = parser.parse_args(argv)
     began_s = time.monotonic()
