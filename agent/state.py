@@ -6,6 +6,8 @@ new. The lock is the kernel's (flock): it ends with the process, so no crash lea
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -58,7 +60,16 @@ class StateLock:
         """Make the folder if need be, and lock it. Raises `StateDirError` saying who holds it or what is missing."""
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o750)
-            descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            except OSError as err:
+                if err.errno != errno.EROFS:
+                    raise
+                # A disk that takes no writes keeps no agent from sending what it holds. Where there is no file
+                # to lock either, the buffer's own lock, then on the folder, keeps a second agent out.
+                if not (folder / LOCK_NAME).exists():
+                    return cls(-1)
+                descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
             raise StateDirError(
                 f"state_dir {folder}: {err.strerror}; create it for the agent's user, or set another state_dir"
@@ -72,8 +83,11 @@ class StateLock:
                 f"state_dir {folder}: another agent (process {holder}) uses it; stop that one, or give this one a "
                 "state_dir of its own"
             ) from err
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(
+            OSError
+        ):  # full or read-only: the lock holds, only its holder's name is missing
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return cls(descriptor)
 
     def release(self) -> None:
@@ -86,7 +100,8 @@ class StateLock:
 def is_locked(folder: Path) -> bool | None:
     """Whether an agent runs on this folder now; `None` where it cannot be told."""
     try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        there = (folder / LOCK_NAME).exists()  # else the buffer may have locked the folder (`StateLock.take`)
+        descriptor = os.open(folder / LOCK_NAME if there else folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     except OSError:

@@ -1,0 +1,182 @@
+"""The agent as a process on a sick disk: an ext4 of its own as the state folder, simulated devices, HTTPS to the real
+cloud. Run by `python -m tests.torture.full_disk --agent`, in a mount namespace.
+
+    running          ext4 turns read-only under the running agent; it is checked, mounted again, the agent restarted
+    readonly-start   the state folder is read-only at the start, with readings held, and heals while the agent runs
+
+Rules: the process never ends by itself; status and cloud show the code; what is held drains; when the disk takes
+writes again all is well without a restart, but for an ext4 that gave up: that one the kernel keeps read-only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tests.servers.process import wait_until
+from tests.system.child import BIN, Child
+from tests.system.codes import Watch
+from tests.system.rig import Rig, whole_system
+from tests.torture.full_disk import Disk, FullDiskError, must
+
+WHAT: Final = ("running", "readonly-start")
+SHOWN_S: Final = 5.0
+SLACK: Final = 3.0  #: of a machine that does other things too
+AGENT_DISK_MB: Final = 224  #: above what the buffer leaves free by default
+
+
+class Process:
+    """The agent and the three places where its trouble shows."""
+
+    def __init__(self, rig: Rig, disk: Disk) -> None:
+        self.rig, self.disk = rig, disk
+        self.agent: Child = rig.children["agent"]
+        self.watch = Watch(rig)
+
+    def now(self) -> dict[str, Any]:
+        """The agent's own word: the file may be old."""
+        done = subprocess.run(
+            [str(BIN / "headgate"), "status", "--config", str(self.rig.folder / "agent.toml"), "--json"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    def buffer(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.now()["status"]["buffer"]
+        return found
+
+    def codes(self) -> set[str]:
+        return {problem["code"] for problem in self.now()["problems"]}
+
+    def until(self, holds: Callable[[], bool], within_s: float, what: str) -> float:
+        began_s = time.monotonic()
+
+        def looked() -> bool:
+            self.agent.check()
+            return holds()
+
+        wait_until(looked, timeout_s=within_s * SLACK, what=what)
+        return time.monotonic() - began_s
+
+    def shows(self, code: str) -> str:
+        here = self.until(lambda: bool(self.codes() & set(code.split("|"))), SHOWN_S, f"status shows {code}")
+        far = self.until(
+            lambda: bool(self.watch.cloud() & set(code.split("|"))), 15, f"the cloud shows {code}"
+        )
+        return f"{code} in status after {here:.1f} s, in the cloud {far:.1f} s later"
+
+    def well(self, codes: str) -> float:
+        """All that waited is delivered, and new readings are."""
+        gone = set(codes.split("|"))
+        took = self.until(lambda: not (self.codes() | self.watch.cloud()) & gone, 20, f"{codes} to clear")
+        mark = self.buffer()["settled_readings"]
+        self.until(lambda: self.buffer()["settled_readings"] > mark + 100, 20, "readings to flow again")
+        return took
+
+    def stop(self) -> None:
+        must(self.agent.end(signal.SIGTERM) == 0, "the agent must leave in order")
+
+    def hold(self) -> None:
+        """A backlog: the cloud is away for a while, and the agent is stopped with what it holds."""
+        self.rig.links["uplink"].set(refuse=True)
+        self.rig.links["uplink"].cut()
+        self.until(lambda: self.waiting() > 3000, 30, "a backlog")
+        self.stop()
+        self.rig.links["uplink"].heal()
+
+    def waiting(self) -> int:
+        held = self.buffer()
+        return int(held["kept_readings"] - held["settled_readings"] - held["gapped_readings"])
+
+    def drains(self) -> float:
+        """What was kept before: on a disk that takes no writes the count of what is settled stays in memory."""
+        return self.until(lambda: self.stored() >= self.held, 30, f"{self.held} readings in the cloud")
+
+    def stored(self) -> int:
+        return self.rig.count_embedded()
+
+    held: int = 0
+
+
+def _running(one: Process) -> str:
+    one.disk.give_up()
+    shown = one.shows("disk_readonly")
+    in_place = subprocess.run(
+        ["mount", "-o", "remount,rw", one.disk.path], capture_output=True, text=True, timeout=60, check=False
+    )
+    healed = ""
+    if in_place.returncode == 0 and os.access(one.disk.path, os.W_OK):
+        try:
+            healed = f"; mounted for writing in place, well after {one.well('disk_readonly'):.1f} s without a restart"
+        except TimeoutError:
+            healed = ""
+    if not healed:
+        one.stop()
+        one.disk.repair()
+        one.agent.start()
+        took_s = one.well("disk_readonly")
+        healed = f"; the kernel keeps it read-only; after a check and a restart well in {took_s:.1f} s"
+    return shown + healed
+
+
+def _readonly_start(one: Process) -> str:
+    one.hold()
+    one.held = kept_by(one)
+    remount(one.disk, "ro")
+    one.agent.start()
+    # No socket and no status file can be made there: the cloud alone can say it (and the log).
+    far = one.until(lambda: "disk_readonly" in one.watch.cloud(), 15, "the cloud shows disk_readonly")
+    shown = f"disk_readonly in the cloud after {far:.1f} s"
+    drained = one.drains()
+    one.agent.check()
+    remount(one.disk, "rw")
+    return f"{shown}; {one.held} held readings drained in {drained:.1f} s; well {one.well('disk_readonly'):.1f} s after"
+
+
+def kept_by(one: Process) -> int:
+    """By its last word."""
+    held = one.rig.status()["buffer"]
+    return int(held["kept_readings"] - held["gapped_readings"])
+
+
+def remount(disk: Disk, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", disk.path], check=True, timeout=60)
+
+
+def one(what: str, *, ext4: bool) -> str:
+    with tempfile.TemporaryDirectory(prefix="headgate-sick-") as name:
+        folder = Path(name)
+        disk = Disk(folder, "gateway", ext4=ext4, size_mb=AGENT_DISK_MB)
+        try:
+            with whole_system(folder, "https", stores=False, links=True, devices=4, period_ms=100) as rig:
+                process = Process(rig, disk)
+                try:
+                    return {
+                        "running": _running,
+                        "readonly-start": _readonly_start,
+                    }[what](process)
+                except (TimeoutError, AssertionError, RuntimeError) as err:
+                    log = (folder / "agent.log").read_text()[-3000:]
+                    raise FullDiskError(f"{what}: {err}\n{log}") from err
+        finally:
+            subprocess.run(["umount", "-l", disk.path], capture_output=True, check=False, timeout=60)
+
+
+def every(what: tuple[str, ...], *, ext4: bool) -> dict[str, str]:
+    """What each has shown."""
+    shown = {}
+    for name in what:
+        if name == "running" and not ext4:
+            print("running: no ext4 on a loop device here: NOT tried", flush=True)
+            continue
+        shown[name] = one(name, ext4=ext4)
+        print(f"{name}: {shown[name]}", flush=True)
+    return shown
