@@ -1271,12 +1271,19 @@ class Store:
                 held = self._count(conn, r.first, r.last)[1]
                 gaps = self._discard(conn, led, [(seq, n, None) for seq, n in bad], "corrupt")
                 lost = [s for s in gone if s not in {seq for seq, _ in bad}]
+                told = 0
                 if lost:  # the tree lost rows: the batch's own count says how many readings went
                     led.gapped_frames += len(lost)
                     led.gapped_readings += max(0, r.readings - held)
-                    gaps.append(
-                        self._gap(lost[0], lost[-1], len(lost), max(0, r.readings - held), "corrupt", [])
-                    )
+                    unsaid = max(0, r.readings - held)  # known of all of them together: an even share each
+                    for a, b in without(
+                        (lost[0], lost[-1]), [(s, s) for s in good] + [(s, s) for s, _ in bad]
+                    ):
+                        share = unsaid * (b - a + 1) // len(lost)
+                        if b == lost[-1]:
+                            share = unsaid - sum(g.readings for g in gaps[-told:]) if told else unsaid
+                        gaps.append(self._gap(a, b, b - a + 1, share, "corrupt", []))
+                        told += 1
                 made = self._narrow(conn, led, r, left)
                 self._tell(conn, led, gaps)
             cut += [(m, [good[s] for s in range(m.first, m.last + 1)]) for m in made]

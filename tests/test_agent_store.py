@@ -743,3 +743,18 @@ AnyOrder.TestCase.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_rows_lost_in_several_places_of_a_batch_are_told_as_gaps_that_cover_nothing_kept(
+    tmp_path: Path,
+) -> None:
+    store, cloud = opened(tmp_path), ModelCloud()
+    [batch] = store.commit(group(*range(1, 21)), [], 1)
+    with sqlite3.connect(store.path) as conn:
+        conn.execute("DELETE FROM frames WHERE seq IN (3, 4, 9, 15)")
+    conn.close()
+    for part in store.rebuild(*bounds(batch)):
+        cloud.take(part.sealed.payload)
+    drain(store, cloud)
+    assert [(g.first, g.last, g.scans) for g in cloud.gaps()] == [(3, 4, 2), (9, 9, 1), (15, 15, 1)]
+    assert sum(g.readings for g in cloud.gaps()) == store.ledger.gapped_readings == 4 * READINGS
