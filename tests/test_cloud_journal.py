@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.journal_conformance import G, JournalConformance, OpenJournal, entry,
 
 ROOT = Path(__file__).parent.parent
 MIB = 1024 * 1024
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -50,6 +52,24 @@ async def test_calls_that_wait_together_share_one_commit(tmp_path: Path) -> None
     await journal.open()
     await asyncio.gather(*(journal.append([entry(n, n)]) for n in range(1, 501)))
     assert journal.commits <= 10
+    await journal.close()
+
+
+async def test_what_is_appended_while_the_state_is_asked_does_not_look_trimmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sink that opened just then was told that it had missed the first batch, and passed over it."""
+    journal = SqliteJournal(tmp_path / "j.db", commit_interval_s=0.0)
+    await journal.open()
+    read = journal._read
+
+    async def overtaken(work: Callable[[sqlite3.Connection], T]) -> T:
+        found = await read(work)
+        await journal.append([entry(1, 10)])
+        return found
+
+    monkeypatch.setattr(journal, "_read", overtaken)
+    assert (await journal.state()).first_offset == 1
     await journal.close()
 
 

@@ -679,13 +679,14 @@ class SqliteJournal:
         return [GatewayCount(*row) for row in rows]
 
     async def state(self) -> JournalState:
+        last = self._last  # before the read: what is appended meanwhile must not look trimmed
         rows = await self._read(
             lambda db: db.execute(
                 "SELECT offset, received_at_ns FROM entry ORDER BY offset LIMIT 1"
             ).fetchone()
         )
-        first, oldest = rows or (self._last + 1, None)
-        return JournalState(first, self._last, self._used_bytes + self._wal_size(), oldest)
+        first, oldest = rows or (last + 1, None)
+        return JournalState(first, max(last, first - 1), self._used_bytes + self._wal_size(), oldest)
 
     @property
     def used_bytes(self) -> int:
