@@ -140,7 +140,8 @@ def _batches(path: Path, gateway: str, told: Exported) -> Iterator[Sealed]:
             if any(key not in layouts for key in run.layouts):  # made since, or this is the first run
                 after = run.first - 1
                 layouts = {
-                    int.from_bytes(key, "big"): data for key, data in conn.execute("SELECT id, data FROM layouts")
+                    int.from_bytes(key, "big"): data
+                    for key, data in conn.execute("SELECT id, data FROM layouts")
                 }
                 damaged, run = run.damaged, _next(conn, after, layouts)  # now with room for them
                 run.damaged += damaged

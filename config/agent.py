@@ -45,7 +45,9 @@ class Buffer(_Strict, frozen=True, kw_only=True):
     commit_max_kb: Annotated[int, Meta(ge=1, le=16_384)] = 256  #: commit earlier when this much is pending
     low_latency: bool = False  #: commit every 100 ms instead
     quick_check_s: Annotated[float, Meta(ge=0, le=600)] = 0.5  #: time budget for the check at start
-    keep_damaged_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 1024  #: damaged files kept after they were salvaged
+    keep_damaged_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = (
+        1024  #: damaged files kept after they were salvaged
+    )
     max_age_days: Annotated[float, Meta(ge=0, le=36_500)] = 0.0  #: 0: no age limit, only bytes
     clock_hold_s: Annotated[float, Meta(ge=0, le=604_800)] = (
         3600.0  #: readings of a start whose clock is not set yet wait so long for it, where it is to be expected

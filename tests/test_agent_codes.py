@@ -8,7 +8,16 @@ from agent import metrics
 from agent.buffer import BufferState, Condition
 from agent.health import DeviceHealth, Gauge, State
 from agent.salvage import Told as OldEpoch
-from agent.status import AgentStatus, ClockHealth, Code, ConfigHealth, LinkHealth, LinkState, RunState, problems
+from agent.status import (
+    AgentStatus,
+    ClockHealth,
+    Code,
+    ConfigHealth,
+    LinkHealth,
+    LinkState,
+    RunState,
+    problems,
+)
 from drivers.contract import Reason
 
 S = 10**9

@@ -121,7 +121,8 @@ async def test_a_scan_is_one_row_per_reading_with_all_that_is_known_of_it(tmp_pa
         "epoch": 7, "seq": 1, "value": 1.5, "text": None, "quality": "uncertain", "reason": "stuck", "unit": "bar",
         "type": "f64", "measurement": "heat", "labels": '{"site": "ä 1"}',
         "received_at": datetime.datetime(2026, 11, 23, 15, 10, 41, 123456, datetime.UTC),
-        "clock_synchronized": True, "boot": 3, "boot_ns": 1001, "driver": "modbus", "earliest_ns": None, "latest_ns": None,
+        "clock_synchronized": True, "boot": 3, "boot_ns": 1001, "driver": "modbus",
+        "earliest_ns": None, "latest_ns": None,
     }  # fmt: skip
     brief = {name: (r["value"], r["text"], r["quality"], r["reason"]) for name, r in found.items()}
     assert brief == {

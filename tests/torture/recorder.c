@@ -27,7 +27,7 @@
 #include <unistd.h>
 
 struct __attribute__((packed)) header {
-    char kind; /* W rite, S ync, T runcate, A llocate, C reate, R ename, U nlink, D irectory sync, X unknown */
+    char kind; /* W rite, S ync, T runcate, A llocate, C make, R ename, U nlink, D irectory sync, X unknown */
     uint16_t path_length;
     uint16_t other_length;
     uint64_t inode;
@@ -185,7 +185,7 @@ SYNCER(fdatasync)
 TRUNCATER(ftruncate, off_t)
 TRUNCATER(ftruncate64, off64_t)
 
-#define ALLOCATER(symbol, offset_type) \
+#define ALLOCATES_BY(symbol, offset_type) \
     int symbol(int fd, offset_type at, offset_type length) { \
         REAL(int, symbol, int, offset_type, offset_type); \
         BEGIN(fd); \
@@ -194,8 +194,8 @@ TRUNCATER(ftruncate64, off64_t)
         END; \
         return failed; \
     }
-ALLOCATER(posix_fallocate, off_t)
-ALLOCATER(posix_fallocate64, off64_t)
+ALLOCATES_BY(posix_fallocate, off_t)
+ALLOCATES_BY(posix_fallocate64, off64_t)
 
 int unlink(const char *path) {
     REAL(int, unlink, const char *);

@@ -40,6 +40,7 @@ class Disk:
         self.level = FULL_SYNC  #: of the writing connection
         self._durable_wal: dict[str, int] = {}  #: by file: what of the log is synced where commits are not
         self._connections: list[SimConnection] = []
+        self.descriptors: set[int] = set()  #: of the machine: they go with it
 
     # --- for the shipped code, in place of its `sqlite3` and `os` ---
 
@@ -98,6 +99,10 @@ class Disk:
             with contextlib.suppress(sqlite3.Error):
                 sqlite3.Connection.close(conn)
         self._connections.clear()
+        for fd in self.descriptors:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.descriptors.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -158,10 +163,22 @@ class SimOs:
 
     def __init__(self, disk_of: Any) -> None:
         self._disk_of = disk_of
+        self._owners: dict[int, Disk] = {}
 
     def statvfs(self, path: Any) -> _Room:
         disk = self._disk_of(Path(path))
         return _Room(disk.free_bytes, read_only=disk.fault == "readonly")
+
+    def open(self, path: Any, *args: Any) -> int:
+        fd = os.open(path, *args)
+        self._disk_of(Path(path)).descriptors.add(fd)
+        self._owners[fd] = self._disk_of(Path(path))
+        return fd
+
+    def close(self, fd: int) -> None:
+        if (disk := self._owners.pop(fd, None)) is not None:
+            disk.descriptors.discard(fd)
+        os.close(fd)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
