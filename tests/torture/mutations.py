@@ -58,10 +58,10 @@ MUTATIONS: Final = (
         patches=(
             Patch(
                 "agent.forwarder",
-                "                ack = await self._uplink.send(under_way.batch.sealed)\n            except AckTimeout:",
-                "                _sealed = under_way.batch.sealed\n"
-                "                self._buffer.settle(Ack(_sealed.epoch, ((_sealed.first, _sealed.last),)))\n"
-                "                ack = await self._uplink.send(_sealed)\n            except AckTimeout:",
+                "        return await self._uplink.send(batch.sealed)\n",
+                "        _sealed = batch.sealed\n"
+                "        self._buffer.settle(Ack(_sealed.epoch, ((_sealed.first, _sealed.last),)))\n"
+                "        return await self._uplink.send(_sealed)\n",
             ),
         ),
         fails="kept_is_stored_or_gapped",
