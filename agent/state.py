@@ -100,8 +100,10 @@ class StateLock:
 def is_locked(folder: Path) -> bool | None:
     """Whether an agent runs on this folder now; `None` where it cannot be told."""
     try:
-        there = (folder / LOCK_NAME).exists()  # else the buffer may have locked the folder (`StateLock.take`)
-        descriptor = os.open(folder / LOCK_NAME if there else folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # then the buffer may have locked the folder (`StateLock.take`)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     except OSError:
