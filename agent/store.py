@@ -1517,6 +1517,12 @@ class Store:
             over = _used_pages(conn) + need - cap + cap // _EVICT_SLACK
         while over > 0 and need:
             more = self._give_way(conn, led, min(over * PAGE_BYTES, _EVICT_STEP_BYTES))
+            if not more and self.short_of_disk:
+                raise StoreFull(
+                    f"the disk is short of room ({self._limits.free_disk_bytes >> 20} MiB are to stay free), and the"
+                    " buffer holds nothing that it may drop; free some space, or lower buffer.free_disk_mb",
+                    "disk_low",
+                )
             if not more:
                 raise StoreFull(
                     f"the buffer is full ({self._limits.max_bytes >> 20} MiB) of what has been sent and waits"

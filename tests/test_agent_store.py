@@ -758,3 +758,14 @@ def test_rows_lost_in_several_places_of_a_batch_are_told_as_gaps_that_cover_noth
     drain(store, cloud)
     assert [(g.first, g.last, g.scans) for g in cloud.gaps()] == [(3, 4, 2), (9, 9, 1), (15, 15, 1)]
     assert sum(g.readings for g in cloud.gaps()) == store.ledger.gapped_readings == 4 * READINGS
+
+
+def test_an_empty_buffer_on_a_disk_that_others_filled_says_so(tmp_path: Path) -> None:
+    store = Store(
+        tmp_path / "buffer.db", str(GATEWAY), Limits(max_bytes=2**26, free_disk_bytes=2**60), StillClock()
+    )
+    store.open()
+    with pytest.raises(StoreFull, match="the disk is short of room") as told:
+        store.commit(group(*range(2000), size=400), (), 0)
+    assert told.value.cause == "disk_low"
+    store.close()
