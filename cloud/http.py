@@ -21,6 +21,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import math
@@ -130,8 +131,8 @@ class HttpDoor:
             await self._state(gateway, scope, receive, send)
 
     async def _in_turn(self, gateway: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Whoever is over its quota, or has many requests under way, is answered without its body being read, and not
-        at once: a client that comes again on the same connection costs one request a second, not a thousand."""
+        """Whoever is over its quota, or has many requests under way, is answered without its body being looked at, and
+        not at once: a client that comes again on the same connection costs one request a second, not a thousand."""
         wait_s = self._intake.quotas.wait_s(gateway, time.monotonic())
         under_way = self._under_way.get(gateway, 0)
         if wait_s <= 0 and under_way < PER_GATEWAY:
@@ -156,8 +157,10 @@ class HttpDoor:
             finally:
                 self._held_back -= 1
         nack = Nack(0, 0, 0, code, "more than this gateway may send", wait_s)
-        # Closed: the body was not read.
-        extra = (_retry_after(wait_s), (b"connection", b"close"))
+        # An answer before the end of the body, and then a close, may reach the client as a reset: it would see a broken
+        # link where it was asked to wait. What is thrown away was waiting in the kernel's buffers until now.
+        whole = await _thrown_away(receive, MAX_BATCH_BYTES)
+        extra = (_retry_after(wait_s), *(() if whole else ((b"connection", b"close"),)))
         await _answer(send, 429, encode_reply(nack), content_type=_REPLY, extra=extra)
 
     async def _ingest(self, gateway: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,6 +229,21 @@ async def _reply(send: Send, verdict: Verdict) -> None:
     extra = () if reply.retry_after_s is None else (_retry_after(reply.retry_after_s),)
     status = _NACK_STATUS.get(reply.code, 400)
     await _answer(send, status, encode_reply(reply), content_type=_REPLY, extra=extra)
+
+
+async def _thrown_away(receive: Receive, most_bytes: int) -> bool:
+    """Take a body and keep nothing of it; False where the client went away, or sends more than any batch has."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while size <= most_bytes:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return False
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    return False
 
 
 def _retry_after(seconds: float) -> tuple[bytes, bytes]:

@@ -92,6 +92,7 @@ def test_two_hundred_megabytes_with_a_database_that_falls_silent_cost_no_more_me
     up = served(
         extra=f'[mysql]\nhost = "127.0.0.1"\nport = {maria.port}\nuser = "{maria.user}"\n'
         f'database = "{maria.database}"\npassword_file = "{word}"\n[archive]\ncommit_interval_s = 2.0\n'
+        "[limits]\ngateway_readings_per_s = 0\ngateway_mb_per_s = 0\n"  # as fast as it can
     )
     up.config.write_text(up.config.read_text().replace("drain_s = 20.0", f"drain_s = {DRAIN_S}"))
     up.start()
