@@ -55,6 +55,7 @@ from agent.store import (
     row_priority,
     without,
 )
+from config.sqlite_format import local_bytes, varint
 from sync.wire import MAX_EPOCH, ClockRow, GapFrame, Layout, encode_frame, layout_id
 
 log = logging.getLogger(__name__)
@@ -437,11 +438,11 @@ class Wreck:
             if not start + 8 <= where < PAGE_BYTES - 4:
                 continue
             with contextlib.suppress(ValueError, IndexError, UnicodeDecodeError, OverflowError):
-                size, where = _varint(page, where)
-                rowid, where = _varint(page, where)
+                size, where = varint(page, where)
+                rowid, where = varint(page, where)
                 if size > _MAX_DATA_BYTES:
                     continue
-                local = _local(size)
+                local = local_bytes(size, PAGE_BYTES)
                 payload = page[where : where + local]
                 if local < size:
                     link = int.from_bytes(page[where + local : where + local + 4], "big")
@@ -470,31 +471,11 @@ class Wreck:
         return out[:size]
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for i in range(8):
-        byte = data[at + i]
-        value = value << 7 | byte & 0x7F
-        if byte < 0x80:
-            return value, at + i + 1
-    value = value << 8 | data[at + 8]
-    return (value - 2**64 if value >= 2**63 else value), at + 9
-
-
-def _local(size: int) -> int:
-    """How much of a payload stands in the leaf page itself."""
-    if size <= PAGE_BYTES - 35:
-        return size
-    least = (PAGE_BYTES - 12) * 32 // 255 - 23
-    more = least + (size - least) % (PAGE_BYTES - 4)
-    return more if more <= PAGE_BYTES - 35 else least
-
-
 def _record(payload: bytes) -> list[object]:
-    end, at = _varint(payload, 0)
+    end, at = varint(payload, 0)
     kinds = []
     while at < end:
-        kind, at = _varint(payload, at)
+        kind, at = varint(payload, at)
         kinds.append(kind)
     values: list[object] = []
     for kind in kinds:

@@ -26,6 +26,7 @@ import msgspec
 from cloud.intervals import IntervalSet
 from cloud.journal.contract import JournalBroken, Stored
 from cloud.journal.sqlite import _INSERT, PAGE_BYTES, SqliteJournal, _held_crc, _stored, _sync_folder
+from config.sqlite_format import local_bytes, varint
 
 Cell: TypeAlias = int | float | bytes | None
 
@@ -260,8 +261,8 @@ def _cells(page: bytes, at: int) -> Iterator[int]:
 def _entries(page: bytes, at: int, pages: _Pages) -> Iterator[_Proven]:
     for begin in _cells(page, at):
         try:
-            size, begin = _varint(page, begin)
-            offset, begin = _varint(page, begin)
+            size, begin = varint(page, begin)
+            offset, begin = varint(page, begin)
             if not 0 < size <= _MOST_BYTES or offset < 1:
                 continue
             for payload in _whole(page, begin, size, pages):
@@ -278,13 +279,10 @@ def _entries(page: bytes, at: int, pages: _Pages) -> Iterator[_Proven]:
 
 def _whole(page: bytes, begin: int, size: int, pages: _Pages) -> Iterator[bytes]:
     """A row's bytes, with the overflow pages of the newest version first."""
-    most = PAGE_BYTES - 35
-    if size <= most:
+    local = local_bytes(size, PAGE_BYTES)
+    if local == size:
         yield page[begin : begin + size]
         return
-    least = (PAGE_BYTES - 12) * 32 // 255 - 23
-    local = least + (size - least) % (PAGE_BYTES - 4)
-    local = local if local <= most else least
     first = int.from_bytes(page[begin + local : begin + local + 4], "big")
     for newest in (True, False):
         data, number = bytearray(page[begin : begin + local]), first
@@ -302,7 +300,7 @@ def _whole(page: bytes, begin: int, size: int, pages: _Pages) -> Iterator[bytes]
 def _intervals(page: bytes, at: int) -> Iterator[tuple[str, int, int, int]]:
     for begin in _cells(page, at):
         try:
-            size, begin = _varint(page, begin + (4 if page[at] == _INDEX_INNER else 0))
+            size, begin = varint(page, begin + (4 if page[at] == _INDEX_INNER else 0))
             if not 0 < size <= PAGE_BYTES // 8:
                 continue
             row = _record(page[begin : begin + size])
@@ -317,26 +315,15 @@ def _intervals(page: bytes, at: int) -> Iterator[tuple[str, int, int, int]]:
             continue
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for i in range(8):
-        byte = data[at + i]
-        value = value << 7 | byte & 0x7F
-        if byte < 0x80:
-            return value, at + i + 1
-    value = value << 8 | data[at + 8]
-    return value - (1 << 64) if value >> 63 else value, at + 9
-
-
 _SIZES: Final = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)
 
 
 def _record(data: bytes) -> list[Cell]:
     """https://www.sqlite.org/fileformat2.html#record_format"""
-    end, at = _varint(data, 0)
+    end, at = varint(data, 0)
     kinds: list[int] = []
     while at < end and len(kinds) <= 16:
-        kind, at = _varint(data, at)
+        kind, at = varint(data, at)
         kinds.append(kind)
     row: list[Cell] = []
     for kind in kinds:
