@@ -525,6 +525,7 @@ class Daemon:
         status = self.status
         now_boot_ns = boot_ns()
         status.written_ns = time.time_ns()
+        status.heartbeat_s = self._config.uplink.heartbeat_s
         status.buffer = held = buffer.state
         status.drain_eta_s = self._drain.eta_s(
             now_boot_ns / 1e9, held.settled_readings, held.kept_readings, held.buffered_readings, held.oldest_age_s

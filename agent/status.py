@@ -144,6 +144,7 @@ class AgentStatus(msgspec.Struct, kw_only=True):
     started_ns: int = 0
     written_ns: int = 0
     starts: int = 1  #: of the agent, on this state folder
+    heartbeat_s: float = 0.0  #: how often the cloud hears this at least; 0: not told
     config: ConfigHealth = msgspec.field(default_factory=ConfigHealth)
     link: LinkHealth = msgspec.field(default_factory=LinkHealth)
     clock: ClockHealth = msgspec.field(default_factory=ClockHealth)

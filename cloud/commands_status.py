@@ -23,8 +23,6 @@ async def status(place: Place, as_json: bool) -> int:
         return 1 if ready.problems else 0
     rows = [(s.name, s.state, f"{s.lag_s:.0f} s", s.error) for s in ready.sinks]
     print_table(("SINK", "STATE", "BEHIND", ""), rows, empty="no sink")
-    for gateway in ready.gateways:
-        click.echo(f"{gateway.gateway} says of itself: {', '.join(gateway.codes)}")
     for problem in ready.problems:
         click.echo(f"{problem.code}: {problem.text}; {problem.remedy}")
     if not ready.problems:

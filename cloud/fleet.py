@@ -24,6 +24,9 @@ class Fleet:
         self._counted_s = float("-inf")
         self.spread_s = 0  #: for the acks
 
+    def heard_s(self, gateway: str) -> float | None:
+        return self._heard.get(gateway)
+
     def hear(self, gateway: str, now_s: float) -> None:
         self._heard[gateway] = now_s
         if now_s - self._counted_s >= _COUNT_EVERY_S:

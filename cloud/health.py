@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,9 +18,14 @@ import msgspec
 
 LOOK_EVERY_S: Final = 5.0
 FILLING_AT: Final = 0.85  #: of the journal's capacity, after trimming
-SILENT_S: Final = (
-    900.0  #: an agent's heartbeat comes every minute by default; three are missed long before this
+SILENT_S: Final = 900.0  #: for an agent that does not tell how often it reports
+SILENT_LEAST_S: Final = 90.0
+HELD_S: Final = (
+    3600.0  #: between the reports of an agent whose metered link's rules hold them back (agent/README.md)
 )
+CODES_SHOWN: Final = 32  #: of one agent
+WORDS_SHOWN: Final = 400  #: letters of what it says of one code
+_CODE: Final = re.compile(r"[a-z0-9_]{1,64}")
 BEHIND_S: Final = 600.0  #: a sink that runs and is this late
 
 
@@ -44,6 +50,10 @@ class GatewayView(msgspec.Struct, frozen=True):
     silent_s: float | None = None  #: since it was last heard; None: never
     over_quota: bool = False
     problems: tuple[str, ...] = ()  #: the agent's own codes, from its heartbeat
+    words: tuple[tuple[str, str], ...] = ()  #: (code, the agent's text with its remedy), where it gave one
+    silent_after_s: float = SILENT_S  #: `silent_after_s` of its heartbeat
+    watched_s: float = float("inf")  #: since this cloud could hear it: it was away itself before
+    state_age_s: float = 0.0  #: of its heartbeat
 
 
 class View(msgspec.Struct, frozen=True):
@@ -155,12 +165,23 @@ def _gateway(gateway: GatewayView) -> list[Problem]:
         found.append(
             Problem(f"quota:{name}", text, "raise its quota in [[gateway]], or read its devices less often")
         )
-    if gateway.silent_s is not None and gateway.silent_s >= SILENT_S:
-        text = f"{name} was last heard {gateway.silent_s / 60:.0f} min ago"
+    after_s = gateway.silent_after_s
+    silent = gateway.silent_s is not None and gateway.silent_s >= after_s and gateway.watched_s >= after_s
+    if silent and gateway.silent_s is not None:
+        text = f"{name} was last heard {_ago(gateway.silent_s)} ago"
         found.append(
             Problem(f"gateway_silent:{name}", text, "look at its network and power; it keeps what it reads")
         )
+    words = dict(gateway.words)
+    as_of = f" (as of {_ago(gateway.state_age_s)} ago)" if silent else ""
+    for code in gateway.problems:
+        text = f"{name} says: {words.get(code) or code}{as_of}"
+        found.append(Problem(f"{code}:{name}", text, "headgate status on the gateway tells more"))
     return found
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -178,12 +199,40 @@ def heartbeat_of(state: bytes) -> object:
 
 def codes_in(heartbeat: object) -> tuple[str, ...]:
     """The agent's own codes, as its heartbeat tells them: plain words, or records with a `code`. None is no fault: an
-    agent of an older version tells none."""
+    agent of an older version tells none. Bounded, and only what may be a code: a gateway is not trusted."""
     told = heartbeat.get("problems") if isinstance(heartbeat, dict) else None
     if not isinstance(told, list):
         return ()
     codes = [one.get("code") if isinstance(one, dict) else one for one in told]
-    return tuple(dict.fromkeys(code for code in codes if isinstance(code, str) and code))
+    known = dict.fromkeys(code for code in codes if isinstance(code, str) and _CODE.fullmatch(code))
+    return tuple(known)[:CODES_SHOWN]
+
+
+def words_in(heartbeat: object) -> tuple[tuple[str, str], ...]:
+    """What the agent says of its codes, one text for each: several devices may have the same."""
+    told = heartbeat.get("problems") if isinstance(heartbeat, dict) else None
+    texts: dict[str, list[str]] = {}
+    for one in told if isinstance(told, list) else ():
+        if not isinstance(one, dict):
+            continue
+        code, text, remedy = one.get("code"), one.get("text"), one.get("remedy")
+        if isinstance(code, str) and code and isinstance(text, str) and text:
+            texts.setdefault(code, []).append(
+                f"{text}: {remedy}" if isinstance(remedy, str) and remedy else text
+            )
+    return tuple((code, _some(said)[:WORDS_SHOWN]) for code, said in texts.items())
+
+
+def silent_after_s(heartbeat: object) -> float:
+    """After how long without a word a gateway counts as silent: three of its heartbeats."""
+    if not isinstance(heartbeat, dict):
+        return SILENT_S
+    every_s, link = heartbeat.get("heartbeat_s"), heartbeat.get("link")
+    if isinstance(every_s, bool) or not isinstance(every_s, int | float) or every_s <= 0:
+        return SILENT_S
+    if isinstance(link, dict) and link.get("held"):
+        every_s = max(every_s, HELD_S)
+    return max(SILENT_LEAST_S, 3.0 * every_s)
 
 
 def nothing_left(heartbeat: object) -> bool:

@@ -106,6 +106,10 @@ class Intake:
         self._under_way: dict[str, list[int]] = {}  # batches and bytes, by gateway
         self._fleet = Fleet()
 
+    def heard_s(self, gateway: str) -> float | None:
+        """When a batch of it last came, monotonic; None: not within `fleet.HEARD_WITHIN_S`."""
+        return self._fleet.heard_s(gateway)
+
     async def accept(self, arrivals: Sequence[Arrival], *, door: str) -> list[Verdict]:
         """One answer per batch, in order, once what can be held is durably held. Never raises for what is in them."""
         now_ns, now_s = self._clock_ns(), self._monotonic_s()

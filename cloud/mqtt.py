@@ -461,7 +461,8 @@ class _Session:
                 self._client.connect,
                 settings.host,
                 self._port,
-                int(settings.keepalive_s),
+                # paho gives up one keepalive after an unanswered ping, sent after one keepalive of silence.
+                max(2, round(settings.keepalive_s * 0.75)),
                 properties=properties,
             )
         except ssl.SSLError as err:

@@ -35,11 +35,21 @@ from cloud.backup import UNFINISHED
 from cloud.clocks import FILE as CLOCKS_FILE
 from cloud.clocks import Clocks
 from cloud.dead_letters import DeadLetters, DeadLettersError
-from cloud.health import GatewayView, Problem, SinkView, View, codes_in, heartbeat_of, problems
+from cloud.health import (
+    GatewayView,
+    Problem,
+    SinkView,
+    View,
+    codes_in,
+    heartbeat_of,
+    problems,
+    silent_after_s,
+    words_in,
+)
 from cloud.http import Credentials, HttpDoor
 from cloud.intake import Intake
 from cloud.journal.contract import JournalError
-from cloud.journal.sqlite import SqliteJournal
+from cloud.journal.sqlite import GatewayState, SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
 from cloud.quotas import Quota, Quotas
@@ -99,6 +109,7 @@ class CloudServer:
         self.metrics = Metrics()
         self.started = asyncio.Event()
         self.address: tuple[str, int] = ("", 0)  #: where HTTP listens, once started
+        self._began_s = time.monotonic()
         self._stop = asyncio.Event()
         self._trimmed = 0
         self._accounting: Accounting | None = None
@@ -350,21 +361,30 @@ class CloudServer:
                 )
                 for s in states
             ],
-            gateways=[
-                GatewayView(
-                    name,
-                    (time.time_ns() - beats[name].received_at_ns) / 1e9 if name in beats else None,
-                    name in over,
-                    codes_in(heartbeat_of(beats[name].state)) if name in beats else (),
-                )
-                for name in sorted({*beats, *over})
-            ],
+            gateways=[self._gateway(name, beats.get(name), name in over) for name in sorted({*beats, *over})],
             skewed=[
                 name for name, (_, at_s) in sorted(self._skewed_s.items()) if now_s - at_s < SKEW_SHOWN_S
             ],
             account_open=[f"{row.gateway} in {row.sink}" for row in accounts.rows if not row.ok],
             holes=[frames.gateway for frames in accounts.frames if frames.missing],
             letters_dropped=(await services.dead_letters.state()).dropped,
+        )
+
+    def _gateway(self, name: str, beat: GatewayState | None, over: bool) -> GatewayView:
+        now_s = time.monotonic()
+        batch_s = self._intake.heard_s(name) if self._intake is not None else None
+        if beat is None:
+            return GatewayView(name, None if batch_s is None else now_s - batch_s, over)
+        told, age_s = heartbeat_of(beat.state), max(0.0, (time.time_ns() - beat.received_at_ns) / 1e9)
+        return GatewayView(
+            name,
+            age_s if batch_s is None else min(age_s, now_s - batch_s),
+            over,
+            codes_in(told),
+            words_in(told),
+            silent_after_s(told),
+            now_s - self._began_s,
+            age_s,
         )
 
     async def _ready(self, services: Services) -> Ready:

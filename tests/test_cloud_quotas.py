@@ -9,7 +9,16 @@ import msgspec
 import pytest
 
 from cloud.fairness import SHARE, FairQueue
-from cloud.health import GatewayView, SinkView, View, codes_in, nothing_left, problems
+from cloud.health import (
+    GatewayView,
+    SinkView,
+    View,
+    codes_in,
+    nothing_left,
+    problems,
+    silent_after_s,
+    words_in,
+)
 from cloud.intake import Arrival, Intake
 from cloud.journal.sqlite import SqliteJournal
 from cloud.metrics import Metrics
@@ -187,11 +196,41 @@ def test_each_cause_has_a_code_of_its_own_with_a_remedy(change: dict[str, object
     assert found.remedy
 
 
+def test_what_an_agent_says_is_wrong_is_a_problem_of_the_cloud_with_the_agents_words() -> None:
+    told = {"problems": [{"code": "disk_full", "text": "no room", "remedy": "free some"}, "link_waits"]}
+    view = View(gateways=[GatewayView("acme/a", 10.0, problems=codes_in(told), words=words_in(told))])
+    assert [(one.code, one.text) for one in problems(view)] == [
+        ("disk_full:acme/a", "acme/a says: no room: free some"),
+        ("link_waits:acme/a", "acme/a says: link_waits"),
+    ]
+
+
+def test_what_a_silent_gateway_said_last_is_marked_with_its_age() -> None:
+    gateway = GatewayView("acme/a", 95.0, problems=("disk_full",), silent_after_s=90.0, state_age_s=600.0)
+    silent, full = problems(View(gateways=[gateway]))
+    assert silent.code == "gateway_silent:acme/a"
+    assert full.text == "acme/a says: disk_full (as of 10 min ago)"
+
+
+def test_a_gateway_is_silent_after_three_of_its_heartbeats_and_not_for_the_clouds_own_absence() -> None:
+    assert silent_after_s({"heartbeat_s": 30.0}) == 90.0
+    assert silent_after_s({"heartbeat_s": 1}) == 90.0
+    assert silent_after_s({"heartbeat_s": 100}) == 300.0
+    assert silent_after_s({"heartbeat_s": 30, "link": {"held": "until 06:00"}}) == 3 * 3600.0
+    assert silent_after_s({}) == silent_after_s(None) == silent_after_s({"heartbeat_s": "x"}) == 900.0
+    back = GatewayView("acme/a", 3600.0, silent_after_s=90.0, watched_s=20.0)
+    assert problems(View(gateways=[back])) == []
+
+
 def test_an_agents_own_codes_are_read_in_either_form_and_may_be_absent() -> None:
     assert codes_in({"problems": ["disk_low", {"code": "clock_skew", "text": "x"}, {"text": "y"}, 3]}) == (
         "disk_low", "clock_skew",
     )  # fmt: skip
     assert codes_in({}) == codes_in(None) == codes_in({"problems": "x"}) == ()
+    assert codes_in({"problems": ['a"b', "", "x" * 65, "two\nlines", "link_down"]}) == ("link_down",)
+    flood = {"problems": [{"code": f"c{n}", "text": "x" * 10_000} for n in range(500)]}
+    assert len(codes_in(flood)) == 32
+    assert max(len(text) for _, text in words_in(flood)) == 400
     assert nothing_left({"buffer": {"oldest_age_s": None, "pending_frames": 0}})
     assert not nothing_left({"buffer": {"oldest_age_s": 3.0}})
     assert not nothing_left({"buffer": {"oldest_age_s": None, "parked_frames": 2}})

@@ -2,7 +2,8 @@
 fault does. Run in a mount namespace of its own by tests/test_system_codes.py; prints `ok` at the end, or fails.
 
 Where an operator looks: `headgate status`, the agent's metrics file, and, as long as there is a way, the cloud's word
-on the gateway. (A disk that turns read-only is in tests/torture/full_disk.py: it takes a block device.)
+on the gateway, its status and its metrics. (A disk that turns read-only is in tests/torture/full_disk.py: it takes a
+block device.)
 """
 
 from __future__ import annotations
@@ -60,6 +61,25 @@ class Watch:
             (gateway,) = json.loads(answer.read())
         return {problem["code"] for problem in gateway["heartbeat"]["state"].get("problems", [])}
 
+    def _asked(self, path: str) -> str:
+        context = ssl.create_default_context(cafile=str(self._rig.folder / "ca.pem"))
+        url = f"https://127.0.0.1:{self._rig.cloud_port}{path}"
+        with urllib.request.urlopen(url, timeout=30, context=context) as answer:
+            return str(answer.read().decode())
+
+    def cloud_status(self) -> set[str]:
+        """What `headgate-cloud status` shows: the cloud's own codes, and each agent's with the gateway's name."""
+        return {
+            problem["code"].partition(":")[0] for problem in json.loads(self._asked("/readyz"))["problems"]
+        }
+
+    def cloud_metrics(self) -> set[str]:
+        return {
+            line.split('code="')[1].split('"')[0].partition(":")[0]
+            for line in self._asked("/metrics").splitlines()
+            if line.startswith("headgate_problem{")
+        }
+
     def see(self, code: str, there: bool, places: str) -> str:
         """Wait until the code is (not) in each place; how long each took."""
         began_s = time.monotonic()
@@ -106,7 +126,7 @@ def main(folder: Path) -> None:
             (state / "foreign").write_bytes(bytes(max(0, room)))
 
         line = rig.links["uplink"]
-        everywhere, here = "status metrics cloud", "status metrics"
+        everywhere, here = "status metrics cloud cloud_status cloud_metrics", "status metrics"
         steps: list[tuple[str, Callable[[], object], Callable[[], object], str]] = [
             (
                 "config_bad",
