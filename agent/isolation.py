@@ -292,11 +292,17 @@ class _Child:
     async def end(self) -> None:
         """Ask it to leave, then make it; who is stuck is not asked."""
         loop = asyncio.get_running_loop()
+        end_s = loop.time() + _CLOSE_S
         try:
-            if self.died is None and (self._unsettled is None or self._unsettled.done()):
+            unsettled = self._unsettled
+            if (
+                unsettled is not None and not unsettled.done()
+            ):  # given up a moment ago: a sound child ends it at once
+                await asyncio.wait([unsettled], timeout=_CLOSE_S)
+            if self.died is None and (unsettled is None or unsettled.done()):
                 _, answer = self.call(Close)
                 answer.add_done_callback(_seen)
-                await asyncio.wait([answer], timeout=_CLOSE_S)
+                await asyncio.wait([answer], timeout=end_s - loop.time())
         finally:
             self._lost("closed")
             loop.remove_reader(self._socket)

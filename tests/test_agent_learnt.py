@@ -76,15 +76,17 @@ def test_a_device_that_is_gone_is_forgotten_after_a_month(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("in_a_read", [False, True], ids=["between_reads", "in_a_read"])
 async def test_a_driver_goes_on_where_it_was_before_the_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, isolate: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, isolate: bool, in_a_read: bool
 ) -> None:
     folder = bad_drivers.install(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path.cwd())]))
-    device = (
-        f'[[device]]\nname = "counter"\ndriver = "naughty"\nperiod_ms = 20\nisolate = {str(isolate).lower()}\n'
-        '[[device.point]]\nname = "reads"\n'
-    )
+    device = f'[[device]]\nname = "counter"\ndriver = "naughty"\nperiod_ms = 20\nisolate = {str(isolate).lower()}\n'
+    if in_a_read:  # each read takes longer than its period: one is always under way
+        (tmp_path / "slow").touch()
+        device += f'[device.options]\nmarker = "{tmp_path / "slow"}"\ndeed = "hang"\nfor_s = 0.3\n'
+    device += '[[device.point]]\nname = "reads"\n'
     async with running(tmp_path, device) as agent:
         await agent.until(lambda: "counter: first scan" in agent.log)
         assert await agent.end() == 0
