@@ -2,6 +2,8 @@
 cloud. Run by `python -m tests.torture.full_disk --agent`, in a mount namespace.
 
     running          ext4 turns read-only under the running agent; it is checked, mounted again, the agent restarted
+    full             the disk fills up under the running agent, and is given room again
+    full-start       the disk is full at the start, with readings held, and gets room while the agent runs
     readonly-start   the state folder is read-only at the start, with readings held, and heals while the agent runs
 
 Rules: the process never ends by itself; status and cloud show the code; what is held drains; when the disk takes
@@ -26,8 +28,9 @@ from tests.system.codes import Watch
 from tests.system.rig import Rig, whole_system
 from tests.torture.full_disk import Disk, FullDiskError, must
 
-WHAT: Final = ("running", "readonly-start")
+WHAT: Final = ("running", "full", "full-start", "readonly-start")
 SHOWN_S: Final = 5.0
+_FULL_CODES: Final = "disk_full|disk_low|buffer_full"  #: which of them depends on what of it had to go
 SLACK: Final = 3.0  #: of a machine that does other things too
 AGENT_DISK_MB: Final = 224  #: above what the buffer leaves free by default
 
@@ -92,6 +95,20 @@ class Process:
         self.stop()
         self.rig.links["uplink"].heal()
 
+    def answers(self) -> bool:
+        """Whether the agent itself says how it is."""
+        told = self.now()["status"]
+        return bool(told["pid"] == self.pid and told["state"] == "running")
+
+    @property
+    def pid(self) -> int:
+        return 0 if self.agent.process is None else self.agent.process.pid
+
+    def read_so_far(self) -> int:
+        """Kept, in memory, or counted as lost: what the devices gave in any case."""
+        held = self.buffer()
+        return int(held["kept_readings"] + held["pending_readings"] + held["overrun_readings"])
+
     def waiting(self) -> int:
         held = self.buffer()
         return int(held["kept_readings"] - held["settled_readings"] - held["gapped_readings"])
@@ -125,6 +142,35 @@ def _running(one: Process) -> str:
         took_s = one.well("disk_readonly")
         healed = f"; the kernel keeps it read-only; after a check and a restart well in {took_s:.1f} s"
     return shown + healed
+
+
+def _full(one: Process) -> str:
+    one.disk.fill()
+    shown = one.shows("disk_full")
+    one.disk.free()
+    return f"{shown}; well {one.well(_FULL_CODES):.1f} s after there is room"
+
+
+def _full_start(one: Process) -> str:
+    one.hold()
+    one.held = kept_by(one)
+    one.disk.fill()
+    began_s = time.monotonic()
+    one.agent.start()
+    begun_s = one.until(one.answers, 10, "the agent to answer")
+    mark = one.read_so_far()
+    one.until(lambda: one.read_so_far() > mark, 5, "devices to be read on a full disk")
+    reading_s = time.monotonic() - began_s
+    drained_s = one.drains()
+    shown = one.shows("disk_full")
+    told_s = time.monotonic() - began_s
+    must(told_s < 30 * SLACK, f"disk_full after {told_s:.1f} s")
+    one.disk.free()
+    well_s = one.well(_FULL_CODES)
+    return (
+        f"answers after {begun_s:.1f} s, reads after {reading_s:.1f} s; {one.held} held readings drained in "
+        f"{drained_s:.1f} s more; {shown}, {told_s:.1f} s after the start; well {well_s:.1f} s after there is room"
+    )
 
 
 def _readonly_start(one: Process) -> str:
@@ -161,6 +207,8 @@ def one(what: str, *, ext4: bool) -> str:
                 try:
                     return {
                         "running": _running,
+                        "full": _full,
+                        "full-start": _full_start,
                         "readonly-start": _readonly_start,
                     }[what](process)
                 except (TimeoutError, AssertionError, RuntimeError) as err:
