@@ -16,7 +16,7 @@ import random
 import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from tests.torture.sim_loop import Machine, MachineDied
 
@@ -176,9 +176,17 @@ class SimOs:
         return fd
 
     def close(self, fd: int) -> None:
+        self._disowned(fd)
+        os.close(fd)
+
+    def fdopen(self, fd: int, *args: Any, **kwargs: Any) -> IO[Any]:
+        """The file object closes it by itself: its number may be SQLite's by the time that the machine dies."""
+        self._disowned(fd)
+        return os.fdopen(fd, *args, **kwargs)
+
+    def _disowned(self, fd: int) -> None:
         if (disk := self._owners.pop(fd, None)) is not None:
             disk.descriptors.discard(fd)
-        os.close(fd)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
