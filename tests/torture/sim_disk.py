@@ -182,7 +182,8 @@ class SimOs:
     def fdopen(self, fd: int, *args: Any, **kwargs: Any) -> IO[Any]:
         """The file object closes it by itself: its number may be SQLite's by the time that the machine dies."""
         self._disowned(fd)
-        return os.fdopen(fd, *args, **kwargs)
+        file: IO[Any] = os.fdopen(fd, *args, **kwargs)
+        return file
 
     def _disowned(self, fd: int) -> None:
         if (disk := self._owners.pop(fd, None)) is not None:
