@@ -17,6 +17,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 #: Commands that live in modules of their own: name -> (module, one line of help). A module holds a click command of
 #: the same name (dashes as underscores).
 ELSEWHERE: Final = {
+    "gaps": ("cloud.commands_gaps", "What gateways told as lost: how much, why, of which priority."),
     "gateways": ("cloud.commands_gateways", "The gateways: when last seen, what they sent, how they are."),
     "journal": ("cloud.commands_journal", "The journal of a stopped server: salvage it where it is damaged."),
     "readings": (

@@ -548,11 +548,14 @@ class Registry:
         )
         return [EventRow(*row) for row in rows]
 
-    async def gaps(self, gateway_id: int, *, limit: int = 1000) -> list[GapRow]:
-        """The newest first."""
+    async def gaps(self, gateway_id: int | None, *, since_ns: int = 0, limit: int = 1000) -> list[GapRow]:
+        """Told since then, the newest first; None: of all gateways."""
         c = gaps.c
+        query = sa.select(gaps).where(c.received_at_ns >= since_ns)
+        if gateway_id is not None:
+            query = query.where(c.gateway_id == gateway_id)
         rows = await self._all(
-            sa.select(gaps).where(c.gateway_id == gateway_id).order_by(c.received_at_ns.desc()).limit(limit)
+            query.order_by(c.received_at_ns.desc(), c.epoch.desc(), c.seq.desc()).limit(limit)
         )
         return [GapRow(*row) for row in rows]
 

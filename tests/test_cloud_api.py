@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud.api import formats, times
-from cloud.api.models import Reading
+from cloud.api.models import Gap, Reading
 from cloud.cli import main
+from cloud.commands_common import Place
+from cloud.commands_gaps import gaps
 from cloud.server import CloudServer
 from config.cloud import Archive, Cloud, Embedded, Gateway, InfluxDB, Limits, Server
 from drivers.contract import Point, Reason, Scan, Value, ValueType
@@ -246,7 +249,7 @@ PATHS = (
     "/v1/gateways", "/v1/gateways/acme/plant-1", "/v1/gateways/acme/plant-1/devices",
     "/v1/readings?gateway=acme/plant-1",
     "/v1/gateways/acme/plant-1/latest", "/v1/gateways/acme/plant-1/gaps", "/v1/gateways/acme/plant-1/events",
-    "/v1/dead-letters", "/v1/dead-letters/1", "/v1/verify",
+    "/v1/gaps", "/v1/dead-letters", "/v1/dead-letters/1", "/v1/verify",
 )  # fmt: skip
 
 # --- who may ask ---
@@ -290,7 +293,8 @@ def test_the_openapi_document_names_every_path_and_the_credential(server: Runnin
     assert set(paths) >= {
         "/v1/gateways", "/v1/gateways/{tenant}/{name}", "/v1/gateways/{tenant}/{name}/devices",
         "/v1/gateways/{tenant}/{name}/latest", "/v1/gateways/{tenant}/{name}/gaps",
-        "/v1/gateways/{tenant}/{name}/events", "/v1/readings", "/v1/dead-letters", "/v1/dead-letters/{letter}",
+        "/v1/gateways/{tenant}/{name}/events", "/v1/gaps", "/v1/readings",
+        "/v1/dead-letters", "/v1/dead-letters/{letter}",
         "/v1/dead-letters/replay", "/v1/dead-letters/drop", "/v1/verify",
     }  # fmt: skip
     for path in paths:
@@ -355,6 +359,64 @@ def test_gaps_and_events_are_told(server: Running) -> None:
     assert gap["from_time"] == times.iso(WALL_NS + 5 * S)
     assert (event["code"], event["text"], event["at_ns"]) == ("start", "agent 0.1.0", WALL_NS + 70 * S)
     assert server.json(f"/v1/gateways/acme/plant-1/events?to={WALL_NS}") == []
+
+
+def test_gaps_are_listed_of_all_gateways_of_one_and_since_a_time_and_no_more_than_asked(
+    server: Running,
+) -> None:
+    one = server.json("/v1/gateways/acme/plant-1/gaps")
+    assert server.json("/v1/gaps") == server.json(f"/v1/gaps?gateway={NAME}&since=-1h&limit=1") == one
+    assert server.json("/v1/gaps?since=2200-01-01") == []
+    assert server.ask("/v1/gaps?gateway=acme/nobody")[0] == 404
+    assert server.ask("/v1/gaps?since=noon")[0] == 400
+    assert server.ask("/v1/gaps?limit=10001")[0] == 422
+    assert json.loads(headgate_cloud("gaps", "--json", *remotely(server)).stdout) == one
+    table = headgate_cloud("gaps", "--gateway", NAME, "--since", "-1h", *remotely(server)).stdout.decode()
+    for word in (NAME, "boiler", "evicted", "40"):
+        assert word in table
+    assert b"no gap was told" in headgate_cloud("gaps", "--since", "2200-01-01", *remotely(server)).stdout
+
+
+async def test_the_gaps_shown_are_the_newest_and_the_command_says_that_there_are_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [
+        Gap(
+            NAME,
+            "boiler",
+            "evicted",
+            times.iso(n),
+            times.iso(n),
+            1,
+            1,
+            1,
+            1,
+            7,
+            n,
+            n,
+            times.iso(n * S),
+            "bulk",
+            1,
+        )
+        for n in range(3, 0, -1)
+    ]
+
+    class Source:
+        async def gaps(self, gateway: str | None, limit: int, *, since_ns: int) -> list[Gap]:
+            assert (gateway, since_ns) == (None, 0)
+            return told[:limit]
+
+    @contextlib.asynccontextmanager
+    async def opened(self: object) -> AsyncIterator[Source]:
+        yield Source()
+
+    monkeypatch.setattr(Place, "open", opened)
+    done = await asyncio.to_thread(CliRunner().invoke, gaps, ["--limit", "2"])
+    assert done.exit_code == 0, done.output
+    assert "3..3" in done.output
+    assert "2..2" in done.output
+    assert "1..1" not in done.output
+    assert "there are more than these 2" in done.output
 
 
 # --- readings ---

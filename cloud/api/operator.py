@@ -192,15 +192,20 @@ class Operator:
         with _asking():
             return [_from_registry(gateway, r) for r in await registry.latest(row.id, device=device)]
 
-    async def gaps(self, gateway: str, limit: int = 1_000) -> list[Gap]:
-        """The newest first. Raises `NotFound`."""
-        registry, row = await self._known(gateway)
+    async def gaps(self, gateway: str | None, limit: int = 1_000, *, since_ns: int = 0) -> list[Gap]:
+        """Told since then, the newest first; None: by any gateway. Raises `NotFound`."""
+        registry, only = self._registry_of_names(), None
+        if gateway is not None:
+            registry, row = await self._known(gateway)
+            only = row.id
         with _asking():
-            rows = await registry.gaps(row.id, limit=limit)
+            names = {row.id: f"{row.tenant}/{row.name}" for row in await registry.gateways()}
+            rows = await registry.gaps(only, since_ns=since_ns, limit=limit)
         return [
             Gap(
-                gateway, g.device, g.reason, iso(g.from_ns), iso(g.to_ns), g.scans, g.readings, g.lost_scans,
-                g.lost_readings, g.gap_epoch, g.first_seq, g.last_seq, iso(g.received_at_ns), g.priority, g.frames,
+                names.get(g.gateway_id, "?"), g.device, g.reason, iso(g.from_ns), iso(g.to_ns), g.scans, g.readings,
+                g.lost_scans, g.lost_readings, g.gap_epoch, g.first_seq, g.last_seq, iso(g.received_at_ns),
+                g.priority, g.frames,
             )
             for g in rows
         ]  # fmt: skip
@@ -581,11 +586,16 @@ class Operator:
         with _asking():
             return await registry.gateways()
 
-    async def _known(self, gateway: str) -> tuple[Registry, GatewayRow]:
-        name = _checked_name(gateway)
+    def _registry_of_names(self) -> Registry:
+        """Raises `NotFound`."""
         registry = self._sql()
         if registry is None:
-            raise NotFound("devices and points are kept by [embedded] or [mysql]; enable one")
+            raise NotFound("devices, points and gaps are kept by [embedded] or [mysql]; enable one")
+        return registry
+
+    async def _known(self, gateway: str) -> tuple[Registry, GatewayRow]:
+        name = _checked_name(gateway)
+        registry = self._registry_of_names()
         with _asking():
             row = await registry.gateway(*name.split("/"))
         if row is None:

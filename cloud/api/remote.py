@@ -19,6 +19,7 @@ from cloud.api.models import (
     DeadLetterContent,
     DeadLettersPage,
     Dropped,
+    Gap,
     Gateway,
     ReadingsPage,
     Replay,
@@ -71,6 +72,10 @@ class Remote:
 
     async def gateways(self) -> list[Gateway]:
         return await self._get("/gateways", {}, list[Gateway])
+
+    async def gaps(self, gateway: str | None, limit: int = 1_000, *, since_ns: int = 0) -> list[Gap]:
+        parameters: Parameters = {"gateway": gateway, "since": since_ns, "limit": limit}
+        return await self._get("/gaps", parameters, list[Gap])
 
     async def page(self, parameters: Parameters) -> ReadingsPage:
         """Readings as records."""

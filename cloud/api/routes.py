@@ -43,6 +43,10 @@ Tenant = Annotated[str, Path(description="The tenant's name.", pattern=r"^[A-Za-
 Name = Annotated[str, Path(description="The gateway's name.", pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 From = Annotated[str | None, Query(alias="from", description="Not before: ISO 8601, `-15m`, or nanoseconds.")]
 To = Annotated[str | None, Query(description="Before: ISO 8601, `-15m`, `now`, or nanoseconds.")]
+Since = Annotated[
+    str | None, Query(description="Told here not before: ISO 8601, `-15m`, or nanoseconds.", max_length=64)
+]
+GatewayName = Annotated[str | None, Query(description="Only this one: tenant/gateway.", max_length=129)]
 DeviceName = Annotated[str | None, Query(description="Only this device.", max_length=255)]
 Some = Annotated[int, Query(ge=1, le=10_000, description="At most so many.")]
 
@@ -165,8 +169,12 @@ def _add_gateways(api: APIRouter, operator: Operator) -> None:
         summary="Counted holes, newest first",
         response_model=list[models.Gap],
     )
-    async def gaps(tenant: Tenant, name: Name, limit: Some = 1000) -> Response:
-        return _json(await operator.gaps(f"{tenant}/{name}", limit))
+    async def gaps(tenant: Tenant, name: Name, since: Since = None, limit: Some = 1000) -> Response:
+        return _json(await operator.gaps(f"{tenant}/{name}", limit, since_ns=_since(since)))
+
+    @api.get("/gaps", summary="Counted holes of all gateways, newest first", response_model=list[models.Gap])
+    async def all_gaps(gateway: GatewayName = None, since: Since = None, limit: Some = 1000) -> Response:
+        return _json(await operator.gaps(gateway, limit, since_ns=_since(since)))
 
     @api.get(
         "/gateways/{tenant}/{name}/events", summary="Events, newest first", response_model=list[models.Event]
@@ -176,6 +184,10 @@ def _add_gateways(api: APIRouter, operator: Operator) -> None:
     ) -> Response:
         from_ns, to_ns = _span(from_, to)
         return _json(await operator.events(f"{tenant}/{name}", from_ns, to_ns, limit))
+
+
+def _since(text: str | None) -> int:
+    return 0 if text is None else times.parse(text, time.time_ns())
 
 
 def _add_readings(api: APIRouter, operator: Operator) -> None:
