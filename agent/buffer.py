@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -76,6 +77,9 @@ _ROW_BYTES: Final = 16  #: what a frame costs beside its bytes
 _EVICTING_FOR_S: Final = (
     60.0  #: evictions come in steps: how long after one the buffer still counts as at its cap
 )
+_EASE_BYTES: Final = (
+    4 * 2**20
+)  #: above the floor at least, for a disk that was short to count as having room again
 _RETRY_S: Final = 1.0  #: how soon a disk that refused is asked again
 _MIB: Final = 2**20
 
@@ -225,6 +229,7 @@ class Buffer:
         self._cause = ""
         self._overrun_scans = self._overrun_readings = 0
         self._evicted_s = -_EVICTING_FOR_S
+        self._evicted_for_disk = False  #: and not at the cap
         self._commits = 0
         self._commit_s = self._commit_max_s = 0.0
         self._size_bytes = 0
@@ -634,6 +639,9 @@ class Buffer:
         now_s = time.monotonic()
         if self._store.evicting:
             self._evicted_s = now_s
+            self._evicted_for_disk = self._store.short_of_disk
+        elif self._evicted_for_disk and self._room_again():
+            self._evicted_s, self._evicted_for_disk = -_EVICTING_FOR_S, False
         evicting = now_s - self._evicted_s < _EVICTING_FOR_S
         if evicting and self._condition is not Condition.EVICTING:
             log.warning("the buffer is at its cap: the oldest readings are dropped, and reported as gaps")
@@ -647,6 +655,15 @@ class Buffer:
             if evicting
             else ""
         )
+
+    def _room_again(self) -> bool:
+        """Whether others left so much that the next step of evictions is not near."""
+        try:
+            disk = os.statvfs(self._store.path.parent)
+        except OSError:
+            return False
+        floor = self._limits.free_disk_bytes
+        return disk.f_bavail * disk.f_frsize > floor + max(floor // 4, _EASE_BYTES)
 
     def _unwell(self, error: BaseException) -> None:
         self._look()

@@ -22,6 +22,7 @@ STATUS_EVERY_S: Final = 5.0  #: how often a running agent writes it
 _BLOCKED_TOLD_S: Final = 3600  #: for how long a driver that held up the others is a problem
 _SILENT_AFTER: Final = 6  #: times that long without a new one: the agent hangs
 _MB: Final = 1024 * 1024
+_FULL_PART: Final = 8  #: of the floor: whoever left less than that took all there was, but for the ballast
 
 
 class RunState(enum.StrEnum):
@@ -341,7 +342,16 @@ def _clock(clock: ClockHealth, link: LinkHealth) -> Sequence[Problem]:
 
 
 def _disk(status: AgentStatus, found: Sequence[Problem]) -> Sequence[Problem]:
-    if any(problem.code in (Code.DISK_LOW, Code.DISK_FULL) for problem in found):
+    told = {problem.code for problem in found}
+    if status.disk_free_bytes <= status.disk_floor_bytes // _FULL_PART and Code.DISK_FULL not in told:
+        return [
+            Problem(
+                f"disk: full, {status.disk_free_bytes // _MB} MB free",
+                "free some space: what is held is sent all the same, and new readings take the place of old ones",
+                Code.DISK_FULL,
+            )
+        ]
+    if told & {Code.DISK_LOW, Code.DISK_FULL}:
         return []  # the buffer says it already, with what follows from it
     return [
         Problem(

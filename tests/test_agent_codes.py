@@ -105,6 +105,22 @@ def test_a_damaged_file_is_told_until_what_was_in_it_is_delivered(phase: str, he
     assert [p.code for p in problems(status, running=True, now_ns=NOW)] == [Code.BUFFER_SALVAGE] * wrong
 
 
+def test_a_disk_that_others_filled_is_full_and_not_just_short_of_room() -> None:
+    """The buffer's own ballast leaves it some room still, and it goes on by evicting: it calls the disk low."""
+    status = well()
+    status.disk_floor_bytes = 64 * 2**20
+    found = {}
+    for free_mb in (1, 20, 100):
+        status.disk_free_bytes = free_mb * 2**20
+        found[free_mb] = [p.code for p in problems(status, running=True, now_ns=NOW)]
+    assert found == {1: [Code.DISK_FULL], 20: [Code.DISK_LOW], 100: []}
+    status.disk_free_bytes = 2**20
+    for cause in ("disk_low", "disk_full"):
+        status.buffer = buffer(Condition.EVICTING, cause)
+        told = [p.code for p in problems(status, running=True, now_ns=NOW)]
+        assert told.count(Code.DISK_FULL) == 1
+
+
 def test_no_two_faults_share_a_code() -> None:
     assert len({code for code, _ in FAULTS}) == len(FAULTS)
 
