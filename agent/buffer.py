@@ -175,6 +175,8 @@ class Buffer:
             buffer._thread.shutdown(wait=False)
             raise BufferUnusable(str(err)) from err
         buffer.boot = store.ledger.boot
+        if (told := store.clock_told) is not None:
+            buffer._watch.look(told)  # what has changed since that row is due, though nobody has looked yet
         buffer._look()
         if store.refusing is not None:
             buffer._unwell(store.refusing)

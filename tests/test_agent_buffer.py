@@ -385,3 +385,21 @@ def test_a_full_disk_stops_nothing_for_good_and_every_loss_is_told(tmp_path: Pat
         "sysctl kernel.unprivileged_userns_clone=1)"
     )
     assert done.stdout.endswith("ok\n")
+
+
+async def test_a_clock_synchronized_between_the_opening_and_the_first_look_lets_go_what_waited(
+    tmp_path: Path,
+) -> None:
+    """The row written at the opening says that it was not; no other was due before the next minute."""
+    settings = BufferSettings(commit_interval_s=3600, clock_hold_s=3600)
+    clock = StillClock()
+    buffer = await Buffer.open(tmp_path / "buffer.db", GATEWAY, settings, clock)
+    await buffer.close()
+    clock.boot_id, clock.synchronized = "boot-b", False
+    buffer = await Buffer.open(tmp_path / "buffer.db", GATEWAY, settings, clock)
+    buffer.register(PACKING.layout)
+    buffer.append(scan(1, boot=buffer.boot), READINGS)
+    clock.synchronized = True
+    assert await buffer.commit()
+    assert [batch.readings for batch in await buffer.claim(4)] == [READINGS]
+    await buffer.close()
