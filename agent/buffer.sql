@@ -34,7 +34,10 @@ CREATE TABLE frames (
 -- priority is, its crc says.
 CREATE TABLE alarms (seq INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE bulk (seq INTEGER PRIMARY KEY) STRICT;
-CREATE TABLE gaps (seq INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE gaps (
+    seq  INTEGER PRIMARY KEY,
+    told BLOB                           -- the frame once more, with a CRC (agent/gap_copies.py)
+) STRICT;
 
 -- Which agents may use the file: those that know schema `usable_by` or a later one.
 CREATE TABLE format (

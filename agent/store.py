@@ -44,6 +44,7 @@ import zstandard
 
 from agent import gaps as gap_sums
 from agent.clock import Clock, ClockReading, Hold
+from agent.gap_copies import copy_made, copy_of
 from agent.store_migrations import ALARM_MARK, BULK_MARK, SCHEMA_VERSION, SchemaUnknown, fit
 from config.failpoint import reached
 from drivers.contract import Priority
@@ -852,10 +853,12 @@ class Store:
         conn.executemany("INSERT INTO frames VALUES (?, ?, ?, ?)", rows)
         if 0 in readings:  # no scan: a gap frame may be among them
             found = [
-                (s,) for s, n, f in zip(seqs, readings, frames, strict=True) if not n and f[1:2] == _GAP_TAG
+                (s, copy_made(s, f))
+                for s, n, f in zip(seqs, readings, frames, strict=True)
+                if not n and f[1:2] == _GAP_TAG
             ]
             if found:
-                conn.executemany("INSERT INTO gaps VALUES (?)", found)
+                conn.executemany("INSERT INTO gaps (seq, told) VALUES (?, ?)", found)
                 led.gap_frames += len(found)
         led.next_seq = seqs.stop
         led.kept_frames += len(frames)
@@ -950,6 +953,14 @@ class Store:
         if now is not None and now.synchronized:  # an earlier boot that never was will never be
             return False
         return self._hold.waits(self._clock.read())
+
+    @property
+    def clock_told(self) -> ClockReading | None:
+        """What the newest clock row says; None where there is none yet."""
+        if not self._marks:
+            return None
+        row = self._marks[-1][0]
+        return ClockReading(row.boot_ns, row.wall_ns, row.synchronized, row.error_ns)
 
     @property
     def clock_expected(self) -> bool:
@@ -1073,7 +1084,10 @@ class Store:
                     normal = run.cursor
                 if run is None:
                     break
-                if run.bad:
+                if run.bad and self._restore(conn, [seq for seq, _, _ in run.bad]):
+                    back = run.bad[0][0]  # a gap frame stands there again: it is the next to go
+                    alarms, normal, every = min(alarms, back), min(normal, back), min(every, back)
+                elif run.bad:
                     gaps += self._discard(conn, led, run.bad, "corrupt")
                 if run.frames:
                     cut.append((self._record(led, run.first, run.frames, run.readings), run.frames))
@@ -1262,6 +1276,10 @@ class Store:
         cut: list[tuple[Recorded, Sequence[bytes]]] = []
         for r in [r for r in self.recorded() if r.first <= last and first <= r.last]:
             good, bad = self._read(conn, r)
+            if len(good) < r.frames:
+                with self._transaction() as (conn, _):
+                    self._restore(conn, [seq for seq in range(r.first, r.last + 1) if seq not in good])
+                good, bad = self._read(conn, r)
             if len(good) == r.frames:
                 cut.append((r, [good[s] for s in range(r.first, r.last + 1)]))
                 continue
@@ -1314,12 +1332,13 @@ class Store:
 
     def park(self, seq: int, code: str, reason: str) -> int:
         """Take one frame out of the way for good, with the cloud's reason; returns how many readings it held. The gap
-        reaches the cloud (but a refused gap is not reported by yet another gap). Raises `StoreRefusing`."""
+        reaches the cloud; what a refused gap told is told once more. Raises `StoreRefusing`."""
         with self._refusing(), self._transaction() as (conn, led):
             row = conn.execute("SELECT readings, data FROM frames WHERE seq = ?", (seq,)).fetchone()
             if row is None:
                 return 0
-            readings, data = int(row[0]), bytes(row[1])
+            copy = copy_of(conn, seq)
+            readings, data = (int(row[0]), bytes(row[1])) if copy is None else (0, copy)
             conn.execute(
                 "INSERT OR REPLACE INTO parked VALUES (?, ?, ?, ?, ?, ?)",
                 (seq, readings, code, reason[:1000], self._clock.read().wall_ns, data),
@@ -1335,6 +1354,9 @@ class Store:
             reached("store.after_park")
             if data[1:2] != _GAP_TAG:
                 self._tell(conn, led, gaps)
+            elif again := self._told_again(conn, data):
+                # Never grown into: it is what the other was, and stands for itself.
+                self._insert(conn, led, [*map(encode_frame, [again, *gaps])], [0] * (1 + len(gaps)))
         self.parked = min(self.parked + 1, _PARKED_MAX)
         return readings
 
@@ -1442,6 +1464,34 @@ class Store:
         self._rewrite(conn, seq, grown)
         return True
 
+    def _told_again(self, conn: sqlite3.Connection, refused: bytes) -> GapFrame | None:
+        """A refused gap report once more, with as little in it as can be refused; None where that was refused too (its
+        bytes stay in `parked`, and an event says so), or where no reading was lost with what it told."""
+        gap = frame_head(refused)
+        if not isinstance(gap, GapFrame) or (gap.reason == "refused" and not gap.scans):
+            return None
+        plain = msgspec.structs.replace(gap, device="", priority="")
+        heads = [frame_head(row[0]) for row in conn.execute("SELECT data FROM parked")]
+        told = [h for h in heads if isinstance(h, GapFrame)]
+        if sum(msgspec.structs.replace(h, device="", priority="") == plain for h in told) > 1:
+            text = (
+                f"the cloud refused twice to be told that {gap.scans} scans ({gap.readings} readings) are lost"
+                f" ({gap.reason}, seqs {gap.first} to {gap.last}); the buffer's table `parked` keeps the report"
+            )
+            log.error("buffer %s: %s", self.path, text)
+            self.events.append(("frame_refused", text))
+            return None
+        return plain
+
+    def _restore(self, conn: sqlite3.Connection, seqs: Sequence[int]) -> bool:
+        """Put gap frames that have rotted back from their copies; whether all of these are whole again."""
+        copies = [(seq, copy_of(conn, seq)) for seq in seqs]
+        rows = [(seq, row_crc(seq, 0, frame), frame) for seq, frame in copies if frame is not None]
+        if rows:
+            log.warning("buffer %s: %d damaged gap reports restored from their copies", self.path, len(rows))
+            conn.executemany("INSERT OR REPLACE INTO frames VALUES (?, 0, ?, ?)", rows)
+        return len(rows) == len(seqs)
+
     @staticmethod
     def _gap_at(conn: sqlite3.Connection, seq: int) -> GapFrame | None:
         row = conn.execute("SELECT readings, crc, data FROM frames WHERE seq = ?", (seq,)).fetchone()
@@ -1455,6 +1505,7 @@ class Store:
         """A gap frame in no recorded batch was never sent, so its content is not fixed yet."""
         data = encode_frame(gap)
         conn.execute("UPDATE frames SET crc = ?, data = ? WHERE seq = ?", (row_crc(seq, 0, data), data, seq))
+        conn.execute("UPDATE gaps SET told = ? WHERE seq = ?", (copy_made(seq, data), seq))
 
     def _sum_up(self, conn: sqlite3.Connection, led: Ledger) -> None:
         """Make as few of the unsent gap frames as say the same. The seqs of the others are gone, which a gap says."""
@@ -1650,6 +1701,8 @@ class Store:
                 if told is not None and told is not priority:
                     astray.append((seq, told))
                     continue
+                if told is None and copy_of(conn, seq) is not None:
+                    continue  # a gap frame all the same
                 rows.append((seq, readings, frame_head(data)))
                 size += len(data) + _FRAME_OVERHEAD
                 if size >= want_bytes:

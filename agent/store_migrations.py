@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from agent.gap_copies import ADD_COPIES, has_copies
+
 SCHEMA_VERSION: Final = 2
 STEP_ROWS: Final = 10_000  #: 80 KiB of WAL pages at least, 40 MiB where each row has a page of its own
 ALARM_MARK: Final = 0x5A5A5A5A
@@ -36,7 +38,7 @@ _UP: Final = (
     *(f"ALTER TABLE ledger ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0" for name in _ADDED),
     "CREATE TABLE alarms (seq INTEGER PRIMARY KEY) STRICT",
     "CREATE TABLE bulk (seq INTEGER PRIMARY KEY) STRICT",
-    "CREATE TABLE gaps (seq INTEGER PRIMARY KEY) STRICT",
+    "CREATE TABLE gaps (seq INTEGER PRIMARY KEY, told BLOB) STRICT",
     "CREATE TABLE format (id INTEGER PRIMARY KEY, version INTEGER NOT NULL, usable_by INTEGER NOT NULL) STRICT",
     "INSERT INTO format VALUES (1, 2, 2)",
     "PRAGMA user_version = 2",
@@ -59,6 +61,8 @@ def fit(conn: sqlite3.Connection, path: Path) -> None:
     """Make the file one that this agent can use. Raises `SchemaUnknown`, and `sqlite3.DatabaseError` for damage."""
     version = version_of(conn)
     if version == SCHEMA_VERSION:
+        if not has_copies(conn):  # made before gap frames had a second copy
+            _in_one(conn, (ADD_COPIES,))
         return
     if version == 1:
         _in_one(conn, _UP)
