@@ -33,6 +33,7 @@ from agent.doctor import (
     Certificate,
     DiskFacts,
     Finding,
+    Level,
     PortFacts,
     User,
     error,
@@ -50,7 +51,7 @@ from agent.doctor import (
 from agent.state import is_locked
 from agent.status import AgentStatus, LinkState
 from agent.status_now import latest
-from config.agent import Agent, Buffer, Uplink
+from config.agent import Agent, Buffer, Gateway, Uplink
 from sync.identity import GatewayName, IdentityError, read_secret
 from sync.uplink import LinkDown
 
@@ -128,14 +129,15 @@ def _config(file: Path, checked: Checked) -> Iterator[Finding]:
     if uplink.kind == "none":
         yield warning("config", 'uplink.kind = "none": readings are kept here and sent nowhere')
         return
-    try:
-        read_secret("uplink", file=uplink.token_file, env=uplink.token_env)
-    except IdentityError as err:
-        yield error(
-            "credential", str(err), "put the gateway's token there, or run the doctor as the agent's user"
-        )
-    else:
-        yield ok("credential", uplink.token_file or f"in {uplink.token_env}")
+    for place, way in uplink.ways.items():
+        try:
+            read_secret(place, file=way.token_file, env=way.token_env)
+        except IdentityError as err:
+            yield _of_way(place, error(
+                "credential", str(err), "put the gateway's token there, or run the doctor as the agent's user"
+            ))  # fmt: skip
+        else:
+            yield _of_way(place, ok("credential", way.token_file or f"in {way.token_env}"))
 
 
 def _agent(folder: Path, told: AgentStatus | None, running: bool | None) -> Iterator[Finding]:
@@ -318,12 +320,29 @@ async def _bluez() -> tuple[bool, tuple[str, ...]]:
 
 
 def _door(config: Agent, folder: Path, running: AgentStatus | None, *, with_cloud: bool) -> Iterator[Finding]:
-    uplink = config.uplink
-    if uplink.kind == "none":
-        return
-    if not with_cloud:
+    ways = config.uplink.ways
+    if ways and not with_cloud:
         yield ok("cloud", "not looked at (--offline)")
         return
+    for place, way in ways.items():
+        for found in _way(place, way, config.gateway, folder, running):
+            yield _of_way(place, found)
+
+
+def _of_way(place: str, found: Finding) -> Finding:
+    """The second way says that it is one; nothing is lost by its faults as long as the first one is open."""
+    if place == "uplink":
+        return found
+    remedy = found.remedy.replace("uplink.", f"{place}.")
+    level = Level.WARNING if found.level is Level.ERROR else found.level
+    return Finding(
+        found.check, level, f"fallback: {found.text.replace('uplink.ca_file', f'{place}.ca_file')}", remedy
+    )
+
+
+def _way(
+    place: str, uplink: Uplink, gateway: Gateway, folder: Path, running: AgentStatus | None
+) -> Iterator[Finding]:
     port = uplink.port or (_TLS_PORTS if uplink.tls else _PLAIN_PORTS)[uplink.kind]
     where = f"{uplink.host}:{port}"
     try:
@@ -353,7 +372,7 @@ def _door(config: Agent, folder: Path, running: AgentStatus | None, *, with_clou
             yield judge_certificate(_certificate(sock), time.time())
         if uplink.kind == "https":
             yield _skew(sock, uplink, port)
-    yield from _login(config, folder, running)
+    yield from _login(place, uplink, gateway, folder, running)
 
 
 def _secured(sock: socket.socket, uplink: Uplink) -> ssl.SSLSocket:
@@ -443,32 +462,38 @@ def _hanging_up(sock: socket.socket, after_s: float) -> Iterator[None]:
             timer.join()
 
 
-def _login(config: Agent, folder: Path, running: AgentStatus | None) -> Iterator[Finding]:
+def _login(
+    place: str, uplink: Uplink, gateway: Gateway, folder: Path, running: AgentStatus | None
+) -> Iterator[Finding]:
+    from agent.forwarder import way_of
+
     if running is not None and running.link.state is LinkState.UP:
-        acked = running.link.acked_batches
-        yield ok("door", f"the agent is logged in; {acked:,} batches acknowledged since it started")
-        return
-    if running is not None and config.uplink.kind == "mqtt":
+        if bool(running.link.detour) == (place != "uplink"):
+            acked = running.link.acked_batches
+            yield ok("door", f"the agent is logged in; {acked:,} batches acknowledged since it started")
+            return
+        if uplink.kind == "mqtt":
+            yield ok(
+                "door", f"{uplink.host} is not asked: the agent uses its other way, and tries this one itself"
+            )
+            return
+    elif running is not None and uplink.kind == "mqtt":
         yield warning("door", f"the agent is not logged in: {running.link.why or 'it has not said why'}",
                       "stop it, then run the doctor again: a second login would throw the agent out")  # fmt: skip
         return
-    from agent.forwarder import uplink_of
-
-    name = GatewayName(config.gateway.tenant, config.gateway.name)
+    name = GatewayName(gateway.tenant, gateway.name)
 
     async def knock() -> None:
-        uplink = uplink_of(config.uplink, name)
-        if uplink is None:
-            return
+        way = way_of(uplink, name, place)
         try:
-            await uplink.open()
+            await way.open()
             told = running or status_file.read(folder) or AgentStatus(gateway=str(name))
-            await uplink.report(status_file.encode(told))
+            await way.report(status_file.encode(told))
         finally:
-            await uplink.close()
+            await way.close()
 
     try:
-        asyncio.run(asyncio.wait_for(knock(), 3 * config.uplink.connect_timeout_s))
+        asyncio.run(asyncio.wait_for(knock(), 3 * uplink.connect_timeout_s))
     except IdentityError as err:
         yield error("door", str(err), "see credential above")
     except (LinkDown, TimeoutError) as err:

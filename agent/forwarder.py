@@ -31,7 +31,6 @@ from agent.buffer import Buffer
 from agent.metered import HELD_REPORT_S, Meter, Verdict
 from agent.status import LinkHealth, LinkState
 from agent.store import Batch, Bounds
-from config.agent import Fallback
 from config.agent import Uplink as UplinkSettings
 from config.failpoint import reached
 from sync.failover import FailoverUplink
@@ -600,33 +599,23 @@ def uplink_of(
 ) -> Uplink | None:
     """The configured uplink, or None for `kind = "none"`. Only its own library is imported. Raises `IdentityError`
     for a credential or an address that cannot be used."""
-    if settings.kind == "none":
-        return None
-    first = _way(settings, gateway, "uplink")
-    other = settings.fallback
-    if other.kind == "none":
-        return first
-    second = msgspec.structs.replace(
-        settings,
-        kind=other.kind,
-        host=other.host,
-        port=other.port,
-        tls=other.tls,
-        ca_file=other.ca_file,
-        token_file=other.token_file,
-        token_env=other.token_env,
-        fallback=Fallback(),
-    )
-    return FailoverUplink(
-        first,
-        _way(second, gateway, "uplink.fallback"),
-        after_failures=other.after_failures,
-        return_s=other.return_s,
-        rng=rng or random.Random(),
-    )
+    ways = [way_of(way, gateway, place) for place, way in settings.ways.items()]
+    match ways:
+        case [first, second]:
+            return FailoverUplink(
+                first,
+                second,
+                after_failures=settings.fallback.after_failures,
+                return_s=settings.fallback.return_s,
+                rng=rng or random.Random(),
+            )
+        case [only]:
+            return only
+    return None
 
 
-def _way(settings: UplinkSettings, gateway: GatewayName, place: str) -> Uplink:
+def way_of(settings: UplinkSettings, gateway: GatewayName, place: str) -> Uplink:
+    """One way, of `settings.ways`. Raises `IdentityError`."""
     secret: Secret = read_secret(place, file=settings.token_file, env=settings.token_env)
     if settings.kind == "mqtt":
         from sync.mqtt import MqttUplink

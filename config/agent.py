@@ -136,6 +136,26 @@ class Uplink(_Strict, frozen=True, kw_only=True):
                 f"backoff_min_s: {self.backoff_min_s:g} is more than backoff_max_s {self.backoff_max_s:g}"
             )
 
+    @property
+    def ways(self) -> dict[str, Uplink]:
+        """Each way to the cloud as if it were the only one, by its place in the file, the first one first."""
+        if self.kind == "none":
+            return {}
+        other, alone = self.fallback, msgspec.structs.replace(self, fallback=Fallback())
+        if other.kind == "none":
+            return {"uplink": alone}
+        second = msgspec.structs.replace(
+            alone,
+            kind=other.kind,
+            host=other.host,
+            port=other.port,
+            tls=other.tls,
+            ca_file=other.ca_file,
+            token_file=other.token_file,
+            token_env=other.token_env,
+        )
+        return {"uplink": alone, "uplink.fallback": second}
+
 
 SHORTEST_PERIOD_MS = 20
 

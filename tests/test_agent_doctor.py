@@ -274,6 +274,24 @@ async def test_the_way_to_a_door_that_takes_us_in_is_ok_step_by_step(
     assert "takes acme/plant-1 in" in found["door"][-1].text
 
 
+async def test_the_second_way_is_looked_at_too_and_its_faults_are_warnings(
+    door: HttpServer, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    second = f"""[uplink.fallback]
+kind = "https"
+tls = false
+port = {{port}}
+token_file = "{tmp_path / "token"}"
+"""
+    sound = await found_in(config_file(tmp_path, door.port, more=second.format(port=door.port)))
+    assert [finding.level for finding in sound["door"]] == [Level.OK, Level.OK], sound
+    assert sound["door"][-1].text == "fallback: takes acme/plant-1 in"
+    broken = await found_in(config_file(tmp_path, door.port, more=second.format(port=free_port())))
+    assert [finding.level for finding in broken["tcp"]] == [Level.OK, Level.WARNING]
+    assert broken["tcp"][1].text.startswith("fallback: localhost:")
+    assert "uplink.fallback.port" in broken["tcp"][1].remedy
+
+
 async def test_a_wrong_token_is_an_error_of_the_door(door: HttpServer, tmp_path: Path) -> None:
     found = await found_in(config_file(tmp_path, door.port, token="another-token-that-is-long"))
     assert only(found["tcp"]).level is Level.OK
@@ -393,6 +411,18 @@ def test_a_running_agent_that_is_logged_in_is_believed_and_not_thrown_out(
             found = {f.check: f for f in examine(file, None)}
             assert "not authorized" in found["door"].text
             assert "stop it" in found["door"].remedy
+            more = '[uplink.fallback]\nkind = "mqtt"\nhost = "127.0.0.1"\ntls = false\n'
+            more += f"port = {listener.getsockname()[1]}\n"
+            file.write_text(
+                file.read_text().replace(
+                    "[[device]]", more + f'token_file = "{tmp_path / "token"}"\n[[device]]', 1
+                )
+            )
+            told.link = LinkHealth(state=LinkState.UP, acked_batches=5, detour="login: not authorized")
+            status_file.write(tmp_path / "state", told)
+            doors = [f.text for f in examine(file, None) if f.check == "door"]
+            assert "is not asked" in doors[0]
+            assert doors[1].startswith("fallback: the agent is logged in; 5 batches")
         finally:
             lock.release()
 
