@@ -52,7 +52,8 @@ CREATE TABLE batches (
     last     INTEGER NOT NULL,
     readings INTEGER NOT NULL,
     bytes    INTEGER NOT NULL,          -- of the frames, before compression
-    clocks   BLOB NOT NULL              -- msgpack: the rows of the clock table that the batch carries
+    clocks   BLOB NOT NULL,             -- msgpack: the rows of the clock table that the batch carries
+    crc      INTEGER NOT NULL DEFAULT 0 -- of the row (agent/store_rows.py)
 ) STRICT;
 
 CREATE TABLE layouts (
@@ -68,7 +69,8 @@ CREATE TABLE clock (
     wall_ns      INTEGER NOT NULL,
     synchronized INTEGER NOT NULL,
     error_ns     INTEGER NOT NULL,
-    next_seq     INTEGER NOT NULL       -- frames from here on were taken later: the age limit goes by this
+    next_seq     INTEGER NOT NULL,      -- frames from here on were taken later: the age limit goes by this
+    crc          INTEGER NOT NULL DEFAULT 0 -- of the row but its id
 ) STRICT;
 
 -- Frames that the cloud refused for good, with its reason; each was reported as a gap.

@@ -20,8 +20,9 @@ from agent.health import duration_in_words
 from agent.salvage import damaged_sets
 from agent.status import AgentStatus
 from agent.store import frame_head, row_priority
+from agent.store_rows import read_clocks
 from drivers.contract import Priority
-from sync.wire import ClockRow, EventFrame, GapFrame, wall_clock
+from sync.wire import EventFrame, GapFrame, wall_clock
 
 _MB: Final = 1024 * 1024
 LIVE: Final = "buffer.db"
@@ -147,12 +148,7 @@ def _read(conn: sqlite3.Connection, held: Held) -> None:
     held.readings = row[5] - row[6] - row[7]
     held.recorded_batches = conn.execute("SELECT count(*) FROM batches").fetchone()[0]
     held.parked_frames = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
-    clocks = wall_clock([
-        ClockRow(c[0], c[1], c[2], c[3], bool(c[4]), c[5])
-        for c in conn.execute(
-            "SELECT boot, boot_id, boot_ns, wall_ns, synchronized, error_ns FROM clock ORDER BY id"
-        )
-    ])  # fmt: skip
+    clocks = wall_clock([row for _, row, _ in read_clocks(conn) if row is not None])
 
     def wall_ns(boot: int, boot_ns: int) -> int | None:
         clock = clocks.get(boot)

@@ -20,6 +20,7 @@ import msgspec
 import zstandard
 
 from agent.store import BATCH_BYTES, frame_head, row_priority
+from agent.store_rows import read_clocks
 from sync.wire import (
     MAX_FRAMES,
     ZSTD_LEVEL,
@@ -203,11 +204,6 @@ def _next(conn: sqlite3.Connection, after: int, layouts: Mapping[int, bytes]) ->
 
 def _clocks(conn: sqlite3.Connection, boots: Collection[int]) -> list[ClockRow]:
     """As they are known now: later than when the frames were taken, so at least as good."""
-    rows = [
-        ClockRow(row[0], row[1], row[2], row[3], bool(row[4]), row[5])
-        for row in conn.execute(
-            "SELECT boot, boot_id, boot_ns, wall_ns, synchronized, error_ns FROM clock ORDER BY id"
-        )
-    ]
+    rows = [row for _, row, _ in read_clocks(conn) if row is not None]
     best = wall_clock(rows)
     return [best[boot] for boot in sorted(boots) if boot in best]

@@ -55,6 +55,7 @@ from agent.store import (
     row_priority,
     without,
 )
+from agent.store_rows import clock_row, insert_clock, read_clocks, rows_crc
 from config.sqlite_format import local_bytes, varint
 from sync.wire import MAX_EPOCH, ClockRow, GapFrame, Layout, encode_frame, layout_id
 
@@ -248,22 +249,6 @@ def _layout(key: object, data: object) -> tuple[int, bytes] | None:
         return None
 
 
-def _clock(values: Sequence[object]) -> ClockRow | None:
-    """boot, boot_id, boot_ns, wall_ns, synchronized, error_ns."""
-    boot, boot_id, boot_ns, wall_ns, synchronized, error_ns = values
-    numbers = all(isinstance(n, int) for n in (boot, boot_ns, wall_ns, synchronized, error_ns))
-    if (
-        not numbers
-        or not isinstance(boot_id, str)
-        or not 0 < len(boot_id) <= 64
-        or synchronized not in (0, 1)
-    ):
-        return None
-    if int(boot) < 1 or int(boot_ns) < 0:  # type: ignore[call-overload]  # checked above
-        return None
-    return msgspec.convert([boot, boot_id, boot_ns, wall_ns, bool(synchronized), error_ns], ClockRow)
-
-
 # --- reading ---
 
 
@@ -318,17 +303,15 @@ class Wreck:
         if noted is not None and (account is None or account.epoch != noted.epoch or noted.next_seq):
             account = noted
         layouts = [_layout(*row) for row in self._all("SELECT id, data FROM layouts")]
-        clocks = [
-            _clock(row)
-            for row in self._all(
-                "SELECT boot, boot_id, boot_ns, wall_ns, synchronized, error_ns FROM clock ORDER BY id"
-            )
-        ]
+        clocks: list[ClockRow] = []
+        if self._conn is not None:
+            with contextlib.suppress(sqlite3.Error):
+                clocks += [row for _, row, _ in read_clocks(self._conn) if row is not None]
         return Known(
             account,
             boot if account is not None and 0 < boot < 2**31 else 0,
             dict(found for found in layouts if found is not None),
-            [found for found in clocks if found is not None],
+            clocks,
         )
 
     def _all(self, sql: str) -> Iterator[tuple[object, ...]]:
@@ -417,8 +400,9 @@ class Wreck:
             case [_, bytes() as key, bytes() as data]:
                 if (layout := _layout(key, data)) is not None:
                     out.layouts[layout[0]] = layout[1]
-            case [_, int(), str(), int(), int(), int(), int(), int()]:
-                if (clock := _clock(values[1:7])) is not None:
+            case [_, int(), str() as boot_id, int(), int(), int(), int(), int(), *crc] if len(crc) <= 1:
+                said = [values[1], boot_id.encode(), *values[3:8]]
+                if crc in ([], [rows_crc(said)]) and (clock := clock_row(said)) is not None:
                     out.clocks.append(clock)
             case [1, int(), int(), int(), *more] if len(more) >= 6 and all(isinstance(n, int) for n in more):
                 account = Account(values[1], values[2], *more[:6])  # type: ignore[arg-type]
@@ -587,7 +571,7 @@ class Salvaged(Store):
                 [(key.to_bytes(8, "big"), data) for key, data in fresh_layouts.items()],
             )
             for clock in clocks:
-                self._insert_clock(conn, clock)
+                insert_clock(conn, clock, 1)
             conn.executemany("INSERT INTO frames VALUES (?, ?, ?, ?)", rows)
             if progress.said is not said and progress.said is not None:
                 _base(led, progress.said, said)
@@ -604,14 +588,6 @@ class Salvaged(Store):
         self._cursor = 1  # rows may have come below it
         self._wal_bytes += sum(len(row[3]) for row in rows) * 5 // 4
         self._after_commit()
-
-    @staticmethod
-    def _insert_clock(conn: sqlite3.Connection, row: ClockRow) -> None:
-        conn.execute(
-            "INSERT INTO clock (boot, boot_id, boot_ns, wall_ns, synchronized, error_ns, next_seq)"
-            " VALUES (?, ?, ?, ?, ?, ?, 1)",
-            (row.boot, row.boot_id, row.boot_ns, row.wall_ns, row.synchronized, row.error_ns),
-        )
 
     @staticmethod
     def _turn(progress: Progress, portion: Portion) -> None:
@@ -722,7 +698,7 @@ class Salvaged(Store):
         )  # fmt: skip
         # What was held is counted as kept when it is found or given up: see `take`.
         for row in known.clocks:
-            self._insert_clock(conn, row)
+            insert_clock(conn, row, 1)
         conn.execute("CREATE TABLE salvage (progress BLOB NOT NULL) STRICT")
         conn.execute("INSERT INTO salvage VALUES (?)", (msgspec.msgpack.encode(Progress(said=said)),))
         conn.execute("COMMIT")

@@ -46,6 +46,7 @@ from agent import gaps as gap_sums
 from agent.clock import Clock, ClockReading, Hold
 from agent.gap_copies import copy_made, copy_of
 from agent.store_migrations import ALARM_MARK, BULK_MARK, SCHEMA_VERSION, SchemaUnknown, fit
+from agent.store_rows import insert_clock, read_batches, read_clocks, rows_crc
 from config.failpoint import reached
 from drivers.contract import Priority
 from sync.wire import (
@@ -366,6 +367,9 @@ class Store:
         self._open_gaps: dict[gap_sums.Key, int] = {}  #: seqs of gap frames that may still grow
         self._gaps_after = 0  #: how many gap frames were left when they were last summed up
         self._thinning: dict[int, int] = {}  #: by layout: scans seen while thinning
+        self._sum_from = (
+            1  #: gap frames below may have been sent: the row that recorded their batch was damaged
+        )
         self._oldest_seq = 0
         self._wal_bytes = (
             0  #: how much the WAL may have grown since the last checkpoint (an estimate from above)
@@ -604,7 +608,7 @@ class Store:
             [(key.to_bytes(8, "big"), data) for key, data in self._layouts.items()],
         )
         if self.ledger.boot in self._clocks:
-            _insert_clock(conn, self._clocks[self.ledger.boot], 1)
+            insert_clock(conn, self._clocks[self.ledger.boot], 1)
         conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         reached("store.before_create")
         conn.execute("COMMIT")
@@ -618,19 +622,25 @@ class Store:
         (led.kept_frames, led.kept_readings, led.settled_frames, led.settled_readings, led.gapped_frames,
          led.gapped_readings, led.alarm_frames, led.bulk_frames, led.gap_frames, led.bulk_thinned_to,
          led.normal_thinned_to) = row[4:15]  # fmt: skip
-        for batch in conn.execute("SELECT first, last, readings, bytes, clocks FROM batches ORDER BY first"):
-            led.recorded[batch[0]] = Recorded(*batch)
+        rotten: list[int] = []
+        for batch, good in read_batches(conn):
+            if good:
+                led.recorded[batch[0]] = Recorded(*batch)
+            else:
+                rotten.append(batch[0])
         newest = conn.execute("SELECT max(seq) FROM frames").fetchone()[0] or 0
         led.next_seq = max(led.next_seq, newest + 1)
         self._check_ledger(led)
         clocks: dict[int, ClockRow] = {}
         marks: list[tuple[ClockRow, int]] = []
-        for c in conn.execute(
-            "SELECT boot, boot_id, boot_ns, wall_ns, synchronized, error_ns, next_seq FROM clock ORDER BY id"
-        ):
-            line = ClockRow(c[0], c[1], c[2], c[3], bool(c[4]), c[5])
+        rotten_clocks: list[int] = []
+        for number, line, next_seq in read_clocks(conn):
+            if line is None:
+                rotten_clocks.append(number)
+                continue
             _better(clocks, line)
-            marks.append((line, c[6]))
+            marks.append((line, next_seq))
+        led.boot = max([led.boot, *clocks])  # no number twice, whatever a flipped bit has made of it
         boot_id = self._clock.boot_id
         same = [line.boot for line, _ in marks if line.boot_id == boot_id]
         if reading and not same:  # what it shows may be old: no number that another boot may have
@@ -642,7 +652,9 @@ class Store:
         if not reading:
             conn.execute("BEGIN IMMEDIATE")
             try:
-                _insert_clock(conn, first, led.next_seq)
+                conn.executemany("DELETE FROM clock WHERE id = ?", zip(rotten_clocks))
+                conn.executemany("DELETE FROM batches WHERE first = ?", zip(rotten))
+                insert_clock(conn, first, led.next_seq)
                 conn.execute("UPDATE ledger SET boot = ?", (led.boot,))
                 conn.execute("COMMIT")
             except BaseException:
@@ -650,6 +662,7 @@ class Store:
                     conn.execute("ROLLBACK")
                 raise
             reached("store.after_open")
+            self._tell_rot(len(rotten_clocks), len(rotten))
             for line, _ in marks:
                 if line.boot != led.boot:
                     self._hold.learn(synchronized=line.synchronized, wall_ns=line.wall_ns)
@@ -659,8 +672,20 @@ class Store:
         self._mark_id = None
         self._retiring = {}
         self._forget_places()
+        self._sum_from = led.next_seq if rotten else self._sum_from
         self.parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
         self._look_at_oldest(conn)
+
+    def _tell_rot(self, clocks: int, batches: int) -> None:
+        """Rows that failed their CRC at an open and were dropped."""
+        if not (clocks or batches):
+            return
+        text = (
+            f"{clocks} clock rows and {batches} recorded batches were damaged and dropped: other clock rows serve, or"
+            " times are estimates; the frames of these batches go again, in other bounds"
+        )
+        log.error("buffer %s: %s", self.path, text)
+        self.events.append(("buffer_damaged", text))
 
     def _check_ledger(self, led: Ledger) -> None:
         """The ledger's row has no CRC, but its numbers check each other: every frame kept has used up one seq. A wrong
@@ -775,8 +800,12 @@ class Store:
             conn.executemany("DELETE FROM batches WHERE first = ?", gone)
         if new:
             conn.executemany(
-                "INSERT INTO batches VALUES (?, ?, ?, ?, ?)",
-                [(r.first, r.last, r.readings, r.size_bytes, r.clocks) for r in new],
+                "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (*row, rows_crc(row))
+                    for r in new
+                    for row in [(r.first, r.last, r.readings, r.size_bytes, r.clocks)]
+                ],
             )
 
     # --- keeping ---
@@ -898,7 +927,7 @@ class Store:
             ):
                 conn.execute("DELETE FROM clock WHERE id = ?", (self._mark_id,))
                 self._marks.pop()
-        self._mark_id = _insert_clock(conn, row, led.next_seq)
+        self._mark_id = insert_clock(conn, row, led.next_seq)
         self._marks.append((row, led.next_seq))
         _better(self._clocks, row)
 
@@ -1512,7 +1541,7 @@ class Store:
         first: dict[gap_sums.Key, tuple[int, GapFrame]] = {}
         grown: set[gap_sums.Key] = set()
         gone: list[int] = []
-        for start, end in self._loose_ranges(led, 1):
+        for start, end in self._loose_ranges(led, self._sum_from):
             seqs = conn.execute("SELECT seq FROM gaps WHERE seq BETWEEN ? AND ? ORDER BY seq", (start, end))
             for (seq,) in seqs.fetchall():
                 gap = self._gap_at(conn, seq)
@@ -2051,15 +2080,6 @@ def _better(clocks: dict[int, ClockRow], row: ClockRow) -> None:
     held = clocks.get(row.boot)
     if held is None or row.synchronized or not held.synchronized:
         clocks[row.boot] = row
-
-
-def _insert_clock(conn: sqlite3.Connection, row: ClockRow, next_seq: int) -> int:
-    done = conn.execute(
-        "INSERT INTO clock (boot, boot_id, boot_ns, wall_ns, synchronized, error_ns, next_seq)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (row.boot, row.boot_id, row.boot_ns, row.wall_ns, row.synchronized, row.error_ns, next_seq),
-    )
-    return int(done.lastrowid or 0)
 
 
 def _used_pages(conn: sqlite3.Connection) -> int:

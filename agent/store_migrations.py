@@ -1,8 +1,8 @@
 """The buffer file's schemas: how a file of one version becomes one of the next, and of the one before.
 
 Rules:
-1. A step up rewrites no row, so that an update of the agent costs no time at start however full the buffer is; it is
-   one transaction.
+1. A step up rewrites no frame (only some hundred small rows get a CRC), so that an update of the agent costs no time
+   at start however full the buffer is; it is one transaction.
 2. A step down may touch rows, in transactions of `STEP_ROWS`: killed at any point, the file is one of the newer
    version with fewer rows left to do, and nothing of it is lost. The version changes with the last of them.
 3. A file of a version that this code does not know is no damage: it is used where it says that it may be (`usable_by`
@@ -20,11 +20,12 @@ import fcntl
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from agent.gap_copies import ADD_COPIES, has_copies
+from agent.store_rows import fill, has_crc
 
 SCHEMA_VERSION: Final = 2
 STEP_ROWS: Final = 10_000  #: 80 KiB of WAL pages at least, 40 MiB where each row has a page of its own
@@ -34,6 +35,9 @@ BULK_MARK: Final = 0xA5A5A5A5
 differ in 16 bits or more, so no single flip makes one into another."""
 
 _ADDED: Final = ("alarm_frames", "bulk_frames", "gap_frames", "bulk_thinned_to", "normal_thinned_to")
+_CRC: Final = tuple(
+    f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0" for table in ("clock", "batches")
+)
 _UP: Final = (
     *(f"ALTER TABLE ledger ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0" for name in _ADDED),
     "CREATE TABLE alarms (seq INTEGER PRIMARY KEY) STRICT",
@@ -48,6 +52,8 @@ _DOWN: Final = (
     "DROP TABLE bulk",
     "DROP TABLE gaps",
     "DROP TABLE format",
+    "ALTER TABLE clock DROP COLUMN crc",
+    "ALTER TABLE batches DROP COLUMN crc",
     *(f"ALTER TABLE ledger DROP COLUMN {name}" for name in _ADDED),
     "PRAGMA user_version = 1",
 )
@@ -61,11 +67,13 @@ def fit(conn: sqlite3.Connection, path: Path) -> None:
     """Make the file one that this agent can use. Raises `SchemaUnknown`, and `sqlite3.DatabaseError` for damage."""
     version = version_of(conn)
     if version == SCHEMA_VERSION:
+        if not has_crc(conn):  # made before these rows had one
+            _in_one(conn, _CRC, fill)
         if not has_copies(conn):  # made before gap frames had a second copy
             _in_one(conn, (ADD_COPIES,))
         return
     if version == 1:
-        _in_one(conn, _UP)
+        _in_one(conn, _UP + _CRC, fill)
         return
     told = _format(conn)
     if told is None or told[0] != version:
@@ -136,11 +144,17 @@ def _unmark(conn: sqlite3.Connection, table: str, count: str, mark: int, step_ro
         conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
-def _in_one(conn: sqlite3.Connection, statements: tuple[str, ...]) -> None:
+def _in_one(
+    conn: sqlite3.Connection,
+    statements: tuple[str, ...],
+    then: Callable[[sqlite3.Connection], None] | None = None,
+) -> None:
     conn.execute("BEGIN IMMEDIATE")
     try:
         for statement in statements:
             conn.execute(statement)
+        if then is not None:
+            then(conn)
         conn.execute("COMMIT")
     except BaseException:
         with contextlib.suppress(sqlite3.Error):
