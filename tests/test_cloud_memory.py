@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -131,3 +134,14 @@ def test_two_hundred_megabytes_with_a_database_that_falls_silent_cost_no_more_me
         assert took_s < DRAIN_S + CLOSE_S + LEAVE_S + 5.0
     finally:
         maria.process.resume()
+
+
+def test_the_archives_commits_do_not_make_the_process_grow(tmp_path: Path) -> None:
+    """With the allocators as the libraries choose them it is 5 to 10 MiB; and never an end."""
+    plain = {name: value for name, value in os.environ.items() if name != "_RJEM_MALLOC_CONF"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.archive_growth", str(tmp_path / "archive"), "200"],
+        env=plain, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=110, check=True,
+    )  # fmt: skip
+    first_kib, second_kib = map(int, done.stdout.split())
+    assert second_kib - first_kib < 3 * 1024
