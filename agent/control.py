@@ -1,4 +1,5 @@
-"""The running agent's door for technicians: a Unix socket in the state folder, and the client that speaks to it.
+"""The running agent's door for technicians: a Unix socket in the state folder (in memory where that takes no writes,
+`agent.runtime_dir`), and the client that speaks to it.
 
 Rules:
 1. Only the agent's own user and root: the socket is mode 0600, and each peer's credentials are asked of the kernel.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
+from agent import runtime_dir
 from agent.field import (
     FieldError,
     LineInUse,
@@ -241,14 +243,21 @@ class ControlServer:
     """The door. Lives in the agent's loop; the state folder's lock is held, so an old socket is nobody's."""
 
     def __init__(self, folder: Path, host: Host) -> None:
-        self._folder = folder
+        self._folder = self._place = folder
         self._host = host
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Raises `OSError`."""
-        listener = _listening(self._folder)
+        """In the state folder, or, where that takes no writes, in memory. Raises `OSError`."""
+        try:
+            listener = _listening(self._folder)
+        except OSError as err:
+            self._place = runtime_dir.make(self._folder)
+            listener = _listening(self._place)
+            log.warning(
+                "the control socket is in %s: none can be made in %s (%s)", self._place, self._folder, err
+            )
         self._server = await asyncio.start_unix_server(self._came, sock=listener, limit=65_536)
 
     async def close(self) -> None:
@@ -258,7 +267,7 @@ class ControlServer:
             return
         server.close()
         with contextlib.suppress(OSError):
-            (self._folder / SOCKET_NAME).unlink()
+            (self._place / SOCKET_NAME).unlink()
         clients = list(self._clients)
         for task in clients:
             task.cancel()
@@ -523,10 +532,20 @@ class AgentField:
     @classmethod
     async def connect(cls, state_dir: Path) -> AgentField:
         """Raises `ControlRefused`."""
-        path = state_dir / SOCKET_NAME
+        try:
+            return await cls._connect(state_dir)
+        except ControlRefused:
+            for place in runtime_dir.found(state_dir):
+                with contextlib.suppress(ControlRefused):
+                    return await cls._connect(place)
+            raise
+
+    @classmethod
+    async def _connect(cls, folder: Path) -> AgentField:
+        path = folder / SOCKET_NAME
         try:
             async with asyncio.timeout(_HELLO_S):
-                with _short(state_dir, SOCKET_NAME) as address:
+                with _short(folder, SOCKET_NAME) as address:
                     reader, writer = await asyncio.open_unix_connection(address)
                 hello = _decode_from_server(await _received(reader, _MAX_ANSWER))
         except TimeoutError:

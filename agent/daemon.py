@@ -31,6 +31,7 @@ from typing import Any, Final
 import msgspec
 
 from agent import metrics as metrics_file
+from agent import runtime_dir
 from agent import status as status_file
 from agent.buffer import Buffer, BufferUnusable, Condition
 from agent.clock import SystemClock
@@ -555,6 +556,12 @@ class Daemon:
             metrics_file.write(self._folder, status)
         except OSError as err:
             log.debug("the status cannot be written: %s", err)
+            try:
+                aside = runtime_dir.make(self._folder)
+                status_file.write(aside, status)
+                metrics_file.write(aside, status)
+            except OSError as again:
+                log.debug("nor in memory: %s", again)
 
     def _watch_disk(self) -> None:
         try:

@@ -6,6 +6,7 @@ and says in words what is wrong and what to do. A document of a version that is 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from agent import runtime_dir
 from agent.buffer import BufferState, Condition
 from agent.health import DeviceHealth, State, duration_in_words
 from agent.state import write_atomically
@@ -199,11 +201,12 @@ def write(folder: Path, status: AgentStatus) -> None:
 
 
 def read(folder: Path) -> AgentStatus | None:
-    """The last document written, or `None` where there is none that can be read."""
-    try:
-        return _decode((folder / STATUS_NAME).read_bytes())
-    except (OSError, msgspec.DecodeError):
-        return None
+    """The last document written, also where only memory took it; `None` where there is none that can be read."""
+    found: list[AgentStatus] = []
+    for place in (folder, *runtime_dir.found(folder)):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            found.append(_decode((place / STATUS_NAME).read_bytes()))
+    return max(found, key=lambda status: status.written_ns, default=None)
 
 
 # --- judging it ---

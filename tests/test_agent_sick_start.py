@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-@pytest.mark.parametrize("what", ["readonly-start"])
+@pytest.mark.parametrize("what", ["readonly-start", "full-start"])
 def test_an_agent_that_starts_on_a_sick_disk_runs_drains_and_says_so(what: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.torture.full_disk", "--agent", what],

@@ -178,9 +178,10 @@ def _readonly_start(one: Process) -> str:
     one.held = kept_by(one)
     remount(one.disk, "ro")
     one.agent.start()
-    # No socket and no status file can be made there: the cloud alone can say it (and the log).
-    far = one.until(lambda: "disk_readonly" in one.watch.cloud(), 15, "the cloud shows disk_readonly")
-    shown = f"disk_readonly in the cloud after {far:.1f} s"
+    one.until(one.answers, 10, "the agent to answer though its state folder takes no socket")
+    shown = one.shows("disk_readonly")
+    mark = one.read_so_far()
+    one.until(lambda: one.read_so_far() > mark, 5, "devices to be read on a read-only disk")
     drained = one.drains()
     one.agent.check()
     remount(one.disk, "rw")
