@@ -6,8 +6,9 @@ cloud. Run by `python -m tests.torture.full_disk --agent`, in a mount namespace.
     full-start       the disk is full at the start, with readings held, and gets room while the agent runs
     readonly-start   the state folder is read-only at the start, with readings held, and heals while the agent runs
 
-Rules: the process never ends by itself; status and cloud show the code; what is held drains; when the disk takes
-writes again all is well without a restart, but for an ext4 that gave up: that one the kernel keeps read-only.
+Rules: all that was kept is in the end in both sinks once, or a gap; the process never ends by itself; status and cloud
+show the code; what is held drains; when the disk takes writes again all is well without a restart, but for an ext4 that
+gave up: that one the kernel keeps read-only.
 """
 
 from __future__ import annotations
@@ -188,6 +189,16 @@ def _readonly_start(one: Process) -> str:
     return f"{shown}; {one.held} held readings drained in {drained:.1f} s; well {one.well('disk_readonly'):.1f} s after"
 
 
+def _account(rig: Rig) -> str:
+    """All that was ever kept is in both sinks once, or in a gap that is there too."""
+    account = rig.finish()
+    for name, held in account.held.items():
+        must(not held.doubled, f"doubled in {name}: {account}")
+        must(held.rows == account.kept - account.gapped, f"lost in {name}: {account}")
+    must(not account.holes, f"holes: {account}")
+    return f"kept {account.kept}, of them {account.gapped} in gaps, the others in each sink once"
+
+
 def kept_by(one: Process) -> int:
     """By its last word."""
     held = one.rig.status()["buffer"]
@@ -206,12 +217,13 @@ def one(what: str, *, ext4: bool) -> str:
             with whole_system(folder, "https", stores=False, links=True, devices=4, period_ms=100) as rig:
                 process = Process(rig, disk)
                 try:
-                    return {
+                    shown = {
                         "running": _running,
                         "full": _full,
                         "full-start": _full_start,
                         "readonly-start": _readonly_start,
                     }[what](process)
+                    return f"{shown}; {_account(rig)}"
                 except (TimeoutError, AssertionError, RuntimeError) as err:
                     log = (folder / "agent.log").read_text()[-3000:]
                     raise FullDiskError(f"{what}: {err}\n{log}") from err
