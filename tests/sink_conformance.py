@@ -9,13 +9,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from agent.buffer import Buffer
+from agent.clock import SystemClock
 from cloud.sinks.contract import EventRecord, GapRecord, Record, RetryLater, ScanRecord, Settled, Sink
-from drivers.contract import Reason, Value
-from sync.wire import EventFrame, GapFrame, Layout, layout_id
+from config.agent import Buffer as BufferSettings
+from drivers.contract import Point, Priority, Reason, Scan, Value, ValueType
+from sync.identity import GatewayName
+from sync.wire import EventFrame, GapFrame, Layout, encode_scan, layout_id, layout_of
+from tests.fakes.whole_path import receiving, send_all
 
 S = 1_000_000_000
 DAY = 86_400 * S
@@ -162,6 +168,43 @@ class SinkConformance:
         assert sorted(float(t.value or 0) for t in told if t.point == "flow") == [20.0, 21.0]
         assert len(told) == 6
         assert all(abs(t.taken_at_ns - at_ns) < 1_000_000 for t in told), "its time is right to a millisecond"
+
+    async def test_two_readings_of_one_point_at_one_instant_with_two_priorities_both_arrive(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        """From the gateway's buffer over intake and journal: an alarm's frame and a normal one, of layouts that name
+        the same device and point. The alarm goes first, though it was taken second."""
+        layouts = [
+            layout_of("boiler", "modbus", "heating", tuple(Point(name=n, type=ValueType.F64) for n in names))
+            for names in (("flow", "return"), ("flow",))
+        ]
+        clock, name = SystemClock(), GatewayName("acme", "plant-1")
+        buffer = await Buffer.open(tmp_path / "buffer.db", name, BufferSettings(ballast_kb=0), clock)
+        try:
+            normal, alarm = map(buffer.register, layouts)
+            at_ns = clock.boot_ns()
+            flow, back = (Point(name=n, type=ValueType.F64) for n in ("flow", "return"))
+            plain = encode_scan(normal, Scan(at_ns, (flow, back), [20.0, 18.0]), buffer.boot)
+            urgent = encode_scan(alarm, Scan(at_ns, (flow,), [95.0]), buffer.boot)
+            assert buffer.append(plain, 2, Priority.NORMAL)
+            assert buffer.append(urgent, 1, Priority.ALARM)
+            assert await buffer.commit()
+            async with receiving(tmp_path, name) as cloud:
+                while await send_all(buffer, cloud):
+                    pass
+                records = [r for r in await cloud.records() if isinstance(r, ScanRecord)]
+        finally:
+            await buffer.close()
+        assert [list(r.values) for r in records] == [[95.0], [20.0, 18.0]]
+        assert len({r.taken_at_ns for r in records}) == 1
+        sink = store.sink()
+        await sink.open()
+        await sink.write(records, 1)
+        await sink.write(records, 2)
+        await sink.close()
+        told = await store.readings()
+        assert sorted((t.point, t.value) for t in told) == [("flow", 20.0), ("flow", 95.0), ("return", 18.0)]
+        assert max(t.taken_at_ns for t in told) - min(t.taken_at_ns for t in told) < 1_000_000
 
     async def test_a_thousand_scans_at_one_instant_are_all_kept_whatever_is_sent_again(
         self, store: Store
