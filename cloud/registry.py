@@ -18,6 +18,7 @@ import hashlib
 import logging
 import sqlite3
 import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -433,6 +434,8 @@ class GatewayTally(msgspec.Struct, frozen=True):
     readings: int
     gap_readings: int
     gap_scans: int
+    repeated: int = 0  #: of the readings, how many have the identity (epoch, seq, point) of another
+    by_epoch: dict[int, int] = {}  #: without the repeated
 
 
 class Registry:
@@ -587,16 +590,30 @@ class Registry:
 
     async def tally(self) -> list[GatewayTally]:
         """Readings and gaps per gateway, counted row by row: for the audit, not for a dashboard."""
-        stored = {
-            row.id: row.stored
-            for row in await self._all(
-                sa.select(devices.c.gateway_id.label("id"), sa.func.count().label("stored"))
-                .select_from(readings)
-                .join(points, points.c.id == readings.c.point_id)
-                .join(devices, devices.c.id == points.c.device_id)
-                .group_by(devices.c.gateway_id)
+        r = readings.c
+        per_point = (
+            sa.select(
+                r.point_id, r.epoch, sa.func.count().label("stored"),
+                sa.func.count(sa.distinct(r.seq)).label("once"),
             )
-        }
+            .group_by(r.point_id, r.epoch)
+            .subquery()
+        )  # fmt: skip
+        stored: Counter[int] = Counter()
+        by_epoch: defaultdict[int, dict[int, int]] = defaultdict(dict)
+        for gateway_id, epoch, rows, once in await self._all(
+            sa.select(
+                devices.c.gateway_id,
+                per_point.c.epoch,
+                sa.func.sum(per_point.c.stored),
+                sa.func.sum(per_point.c.once),
+            )
+            .join(points, points.c.id == per_point.c.point_id)
+            .join(devices, devices.c.id == points.c.device_id)
+            .group_by(devices.c.gateway_id, per_point.c.epoch)
+        ):
+            stored[gateway_id] += int(rows)
+            by_epoch[gateway_id][int(epoch)] = int(once)
         lost = {
             row.gateway_id: row
             for row in await self._all(
@@ -609,8 +626,9 @@ class Registry:
         }
         return [
             GatewayTally(
-                row.tenant, row.name, int(stored.get(row.id, 0)),
+                row.tenant, row.name, stored[row.id],
                 int(lost[row.id].readings) if row.id in lost else 0, int(lost[row.id].scans) if row.id in lost else 0,
+                stored[row.id] - sum(by_epoch[row.id].values()), by_epoch[row.id],
             )
             for row in await self.gateways()
         ]  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud.sinks.contract import EventRecord, GapRecord, RetryLater, ScanRecord, SinkBroken
+from cloud.sinks.contract import EventRecord, GapRecord, RetryLater, ScanRecord, SinkBroken, Tally
 from cloud.sinks.influxdb import Fault, InfluxSink, _Server, judge, tally
 from cloud.sinks.line_protocol import LineWriter
 from config.cloud import InfluxDB
@@ -265,7 +265,7 @@ async def test_a_backslash_before_what_is_escaped_costs_no_reading(
     )
     settled = await sink.write([scan(of, seq, 1.5, True, at_ns=now_ns()) for seq in (1, 2, 3)], 1)
     assert settled.rejected == ()
-    assert await tally(bucket.settings()) == {"acme/plant-1": 6}
+    assert await tally(bucket.settings()) == {"acme/plant-1": Tally(6)}
     await sink.close()
 
 

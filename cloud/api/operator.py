@@ -54,7 +54,7 @@ from cloud.intake import Verdict as IntakeVerdict
 from cloud.intervals import IntervalSet, coalesce
 from cloud.journal.contract import JournalError
 from cloud.metrics import Metrics
-from cloud.sinks.contract import GapRecord, RetryLater, ScanRecord, SinkError
+from cloud.sinks.contract import GapRecord, RetryLater, ScanRecord, SinkError, Tally
 from cloud.skew import Skews
 from config.cloud import Cloud
 from drivers.contract import Quality, Reason
@@ -426,7 +426,7 @@ class Operator:
         return accounts
 
     async def _account(
-        self, sink: str, tally: Callable[[], Awaitable[Mapping[str, int]]]
+        self, sink: str, tally: Callable[[], Awaitable[Mapping[str, Tally]]]
     ) -> list[SinkAccount]:
         before = await self._settled(sink)
         stored = await tally()
@@ -440,19 +440,24 @@ class Operator:
         assert journal is not None  # noqa: S101 - verify looked
         refused = await journal.expired(sink)
         lost = {row.gateway: row.readings for row in await journal.missed() if row.sink == sink}
+        known = await journal.epochs()
         after = await self._settled(sink)
         accounts: list[SinkAccount] = []
         for gateway in sorted({*before.journaled, *after.journaled, *stored}):
-            held = stored.get(gateway, 0) + dead[gateway]
+            counted = stored.get(gateway, Tally())
+            foreign = sum(n for epoch, n in counted.by_epoch.items() if (gateway, epoch) not in known)
+            spare = counted.repeated + foreign  # it stands for no reading that was received
+            held = counted.readings + dead[gateway]
             # A replay sends a sink back, and it holds then more than its cursor says; it may begin or end meanwhile.
             low, high = min(before.past(gateway), after.past(gateway)), after.most(gateway)
             slack = guessed[gateway]
-            missing, doubled = max(0, low - held - slack), max(0, held - high - slack)
+            # What is spare makes up for nothing: one lost and one doubled are two faults, not none.
+            missing, doubled = max(0, low - (held - spare) - slack), max(spare, held - high - slack, 0)
             expired = min(missing, max(expirable.get(gateway, 0), refused.get(gateway, 0)))
             missed = min(missing - expired, lost.get(gateway, 0))
             missing -= expired + missed
             accounts.append(SinkAccount(
-                gateway=gateway, sink=sink, journaled=after.journaled[gateway], stored=stored.get(gateway, 0),
+                gateway=gateway, sink=sink, journaled=after.journaled[gateway], stored=counted.readings,
                 dead=dead[gateway], guessed=slack, pending=after.pending[gateway], expired=expired, missing=missing,
                 doubled=doubled, ok=not missing and not doubled, missed=missed,
             ))  # fmt: skip
@@ -488,9 +493,9 @@ class Operator:
             return _Settled(journaled, pending, pending)
         return _Settled(journaled, pending, Counter(await journal.pending(rewound, last)))
 
-    def _tallies(self) -> dict[str, Callable[[], Awaitable[Mapping[str, int]]]]:
+    def _tallies(self) -> dict[str, Callable[[], Awaitable[Mapping[str, Tally]]]]:
         config = self._config
-        found: dict[str, Callable[[], Awaitable[Mapping[str, int]]]] = {}
+        found: dict[str, Callable[[], Awaitable[Mapping[str, Tally]]]] = {}
         for store in self._enabled():
             found[store] = self._tally_archive if store == "archive" else partial(self._tally_sql, store)
         influx = config.influxdb
@@ -500,13 +505,15 @@ class Operator:
             found["influxdb"] = partial(tally, influx)
         return found
 
-    async def _tally_archive(self) -> Mapping[str, int]:
-        return await self._reader().tally()
+    async def _tally_archive(self) -> Mapping[str, Tally]:
+        return await self._reader().identities(int(time.time() // 3600))
 
-    async def _tally_sql(self, store: str) -> Mapping[str, int]:
+    async def _tally_sql(self, store: str) -> Mapping[str, Tally]:
         with _asking():
             rows = await self._registry(store).tally()
-        return {f"{row.tenant}/{row.gateway}": row.readings for row in rows}
+        return {
+            f"{row.tenant}/{row.gateway}": Tally(row.readings, row.repeated, row.by_epoch) for row in rows
+        }
 
     async def _expirable(self, sink: str) -> Mapping[str, int]:
         """How many readings the sink's own retention may have removed: those that the archive, which keeps the longest,

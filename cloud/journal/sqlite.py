@@ -835,6 +835,11 @@ class SqliteJournal:
         )
         return [Hole(*row) for row in rows]
 
+    async def epochs(self) -> set[tuple[str, int]]:
+        """(gateway, epoch) of all that was ever taken."""
+        rows = await self._read(lambda db: db.execute("SELECT DISTINCT gateway, epoch FROM held").fetchall())
+        return {(gateway, epoch) for gateway, epoch in rows}
+
     async def record_state(self, gateway: str, received_at_ns: int, state: bytes) -> None:
         """Keep a gateway's latest heartbeat (UTF-8 text)."""
         await self._write(

@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from cloud.sinks.archive_store import FolderStore, Store
-from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord
+from cloud.sinks.contract import EventRecord, GapRecord, Record, ScanRecord, Tally
 from config.cloud import Archive
 from drivers.contract import Reason, Value
 from sync.wire import EventFrame, GapFrame, Layout, layout_id
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
     from deltalake import DeltaTable
 
 BATCH_ROWS: Final = 2_000
 SCAN_ROWS: Final = 1 << 15  #: with little read ahead: pyarrow's own choice holds hundreds of MB
 RECORD_ROWS: Final = 8_000  #: as records, in one page: about 10 MB
+IDENTITY_ROWS: Final = 4_000_000  #: looked at for doubles at a time: 32 MB of keys
 NS_PER_DAY: Final = 86_400_000_000_000
 
 
@@ -136,6 +139,54 @@ class ArchiveReader:
         except TableNotFoundError:
             return None
 
+    async def identities(self, turn: int = 0) -> dict[str, Tally]:
+        """Readings by gateway, with those held twice. What a large archive has is looked at for that in turns, so that
+        memory stays bounded: of n turns, this one looks at the seqs that leave `turn` modulo n. Raises as `tally`."""
+        return await asyncio.to_thread(self._identities, turn)
+
+    def _identities(self, turn: int) -> dict[str, Tally]:
+        import numpy as np
+
+        from cloud.sinks.archive import foreign
+
+        found: dict[str, Tally] = {}
+        keys: dict[tuple[str, int], list[npt.NDArray[np.uint64]]] = {}
+        words: dict[str, int] = {}
+        with foreign(self._store.address("readings")):
+            table = self._table()
+            if table is None:
+                return {}
+            scanner = table.to_pyarrow_dataset().scanner(
+                columns=["tenant", "gateway", "epoch", "seq", "point"],
+                batch_size=SCAN_ROWS,
+                batch_readahead=2,
+                fragment_readahead=1,
+            )
+            turns = 1 + table.count() // IDENTITY_ROWS
+            for batch in scanner.to_batches():
+                seq = batch.column("seq").to_numpy().astype(np.uint64)
+                epoch = batch.column("epoch").to_numpy().astype(np.uint64)
+                tenants, gateways, points = (
+                    _numbered(batch.column(name), words) for name in ("tenant", "gateway", "point")
+                )
+                looked_at = seq % np.uint64(turns) == np.uint64(turn % turns)
+                key = _mixed(_mixed(seq) + points)
+                names = list(words)
+                for who in np.unique(np.stack((tenants, gateways, epoch)), axis=1).T:
+                    theirs = (tenants == who[0]) & (gateways == who[1]) & (epoch == who[2])
+                    gateway, one = f"{names[int(who[0])]}/{names[int(who[1])]}", int(who[2].astype(np.int64))
+                    tally = found.setdefault(gateway, Tally(by_epoch={}))
+                    rows = int(theirs.sum())
+                    tally.readings += rows
+                    tally.by_epoch[one] = tally.by_epoch.get(one, 0) + rows
+                    keys.setdefault((gateway, one), []).append(key[theirs & looked_at])
+        for (gateway, one), parts in keys.items():
+            all_of_it = np.concatenate(parts)
+            repeated = len(all_of_it) - len(np.unique(all_of_it))
+            found[gateway].repeated += repeated
+            found[gateway].by_epoch[one] -= repeated
+        return found
+
     def _tally(self, before_ns: int | None) -> dict[str, int]:
         import pyarrow as pa
         import pyarrow.dataset as ds
@@ -202,6 +253,28 @@ class ArchiveReader:
             for batch in scanner.to_batches():
                 for at in range(0, batch.num_rows, BATCH_ROWS):
                     yield _rows(batch.slice(at, BATCH_ROWS))
+
+
+def _numbered(column: pa.Array, words: dict[str, int]) -> npt.NDArray[np.uint64]:
+    """Each word of a column as its place in `words`, which takes in what is new."""
+    import numpy as np
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    places = [words.setdefault(word, len(words)) for word in column.dictionary.to_pylist()]
+    numbered: npt.NDArray[np.uint64] = np.array(places, np.uint64)[column.indices.to_numpy()]
+    return numbered
+
+
+def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One to one, and without a pattern (splitmix64's finisher): of 4 M keys two are alike once in 2 M times."""
+    import numpy as np
+
+    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def _scans_of(rows: list[dict[str, Any]]) -> list[Record]:

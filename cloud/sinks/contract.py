@@ -95,6 +95,14 @@ class Settled(msgspec.Struct, frozen=True):
     rejected: tuple[Rejection, ...] = ()
 
 
+class Tally(msgspec.Struct):
+    """What a store holds of one gateway, counted for the audit."""
+
+    readings: int = 0
+    repeated: int = 0  #: of these, how many have the identity (epoch, seq, point) of another
+    by_epoch: dict[int, int] = {}  #: without the repeated; empty where the store does not keep the identity
+
+
 class SinkError(Exception):
     """The root."""
 

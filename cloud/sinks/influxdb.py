@@ -44,7 +44,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cloud.sinks.contract import Record, Rejection, RetryLater, ScanRecord, Settled, SinkBroken
+from cloud.sinks.contract import Record, Rejection, RetryLater, ScanRecord, Settled, SinkBroken, Tally
 from cloud.sinks.line_protocol import (
     EVENTS,
     GAPS,
@@ -292,10 +292,10 @@ def _remove_times(server: _Server, tags: dict[str, str], times: list[int]) -> No
             waiting += [wanted[middle:], wanted[:middle]]
 
 
-async def tally(settings: InfluxDB) -> dict[str, int]:
+async def tally(settings: InfluxDB) -> dict[str, Tally]:
     """Readings by `<tenant>/<gateway>`, counted by the server: for the audit. Raises `RetryLater`, `SinkBroken`."""
 
-    def count() -> dict[str, int]:
+    def count() -> dict[str, Tally]:
         try:
             token = read_secret("influxdb token", file=settings.token_file, env=settings.token_env)
         except IdentityError as err:
@@ -303,7 +303,8 @@ async def tally(settings: InfluxDB) -> dict[str, int]:
         patient = msgspec.structs.replace(settings, timeout_s=max(settings.timeout_s, TALLY_TIMEOUT_S))
         server = _Server(patient, token.reveal(), compress=False)
         try:
-            return server.tally()
+            # A line has no seq, so whether two are of one reading cannot be asked.
+            return {gateway: Tally(readings) for gateway, readings in server.tally().items()}
         except _TimedOut as late:
             raise RetryLater(str(late)) from late
         finally:
