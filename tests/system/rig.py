@@ -305,7 +305,8 @@ def _held_by_sql(rows: Iterable[Sequence[Any]]) -> Held:
     for device, point, epoch, seq, taken_at_ns, value in rows:
         count += 1
         identities.add((device, point, int(epoch), int(seq)))
-        values.add((device, point, int(taken_at_ns) // 1000, float(value)))
+        if value is not None:  # a reading that failed has none
+            values.add((device, point, int(taken_at_ns) // 1000, float(value)))
     return Held(count, len(identities), values)
 
 
