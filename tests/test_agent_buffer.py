@@ -11,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -35,23 +33,7 @@ from tests.fakes.buffer import (
     scan,
 )
 from tests.fakes.cloud_door import until
-
-
-@asynccontextmanager
-async def running(
-    folder: Path, settings: BufferSettings | None = None, clock: StillClock | None = None
-) -> AsyncIterator[Buffer]:
-    """A buffer with its task."""
-    settings = settings or BufferSettings(commit_interval_s=0.02)
-    buffer = await Buffer.open(folder / "buffer.db", GATEWAY, settings, clock or StillClock())
-    buffer.register(PACKING.layout)
-    task = asyncio.create_task(buffer.run())
-    try:
-        yield buffer
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await buffer.close()
+from tests.fakes.running_buffer import running
 
 
 async def deliver(buffer: Buffer, cloud: ModelCloud) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ from agent.store import PAGE_BYTES, Group, Limits, Store, note_account, noted_ac
 from config.agent import Buffer as BufferSettings
 from tests.fakes.buffer import (
     GATEWAY,
-    PACKING,
     READINGS,
     ModelCloud,
     StillClock,
@@ -40,6 +38,7 @@ from tests.fakes.buffer import (
     opened,
     scan,
 )
+from tests.fakes.running_buffer import running
 
 SCANS = 12_000
 SETTINGS = BufferSettings(commit_interval_s=0.05, ballast_kb=0, free_disk_mb=0)
@@ -120,19 +119,6 @@ def scribble(path: Path) -> None:
         range(1, path.stat().st_size // PAGE_BYTES), path.stat().st_size // PAGE_BYTES // 10
     ):
         overwrite(path, number * PAGE_BYTES + 7, rng.randbytes(PAGE_BYTES - 7))
-
-
-@contextlib.asynccontextmanager
-async def running(folder: Path, settings: BufferSettings = SETTINGS) -> AsyncIterator[Buffer]:
-    buffer = await Buffer.open(folder / "buffer.db", GATEWAY, settings, StillClock())
-    buffer.register(PACKING.layout)
-    task = asyncio.create_task(buffer.run())
-    try:
-        yield buffer
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await buffer.close()
 
 
 async def send_all(buffer: Buffer, cloud: ModelCloud) -> None:
@@ -228,7 +214,7 @@ async def test_what_is_not_damaged_comes_back_once_and_the_rest_is_a_counted_gap
     hurt(folder / "buffer.db")
     began_s = time.monotonic()
     cloud.needs_clocks = False
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         assert time.monotonic() - began_s < 5.0
         assert buffer.epoch != epoch
         assert buffer.append(scan(SCANS, boot=buffer.boot), READINGS)
@@ -256,7 +242,7 @@ async def test_the_newest_rows_come_from_the_wal_where_the_file_lacks_them(folde
     wal = clean / "buffer.db-wal"
     overwrite(wal, 32 + 24 + PAGE_BYTES // 2, b"rot" * 50)  # its first frame: SQLite believes none behind it
     overwrite(clean / "buffer.db", 0, bytes(16))
-    async with running(clean) as buffer:
+    async with running(clean, SETTINGS) as buffer:
         await deliver(clean, buffer, cloud)
     numbers = set(cloud.numbers())
     assert numbers >= set(range(SCANS))
@@ -272,7 +258,7 @@ async def test_rows_with_a_wrong_crc_are_never_delivered(folder: Path) -> None:
     conn.commit()
     conn.close()
     zero_root("parked")(folder / "buffer.db")
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         assert buffer.epoch != epoch
         await deliver(folder, buffer, cloud)
     assert not any((epoch, seq) in cloud.held for seq in bad)
@@ -283,7 +269,7 @@ async def test_rows_with_a_wrong_crc_are_never_delivered(folder: Path) -> None:
 async def test_what_happens_while_it_runs_is_salvaged_while_new_readings_go_on(folder: Path) -> None:
     cloud = ModelCloud()
     filled(folder, cloud)
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         epoch = buffer.epoch
         [under_way] = await buffer.claim(1)
         buffer._store._damage = "made"  # as upkeep finds it; the next transaction replaces the file
@@ -304,7 +290,7 @@ async def test_the_live_lane_is_not_held_up_by_salvage(folder: Path) -> None:
     filled(folder, cloud, scans=40_000)
     zero_header(folder / "buffer.db")
     slowest_s = 0.0
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         number = 40_000
         while not any(one.told for one in damaged_sets(folder / "buffer.db")):
             buffer.append(scan(number, boot=buffer.boot), READINGS)
@@ -401,14 +387,14 @@ async def test_a_salvaged_file_that_is_damaged_itself_is_made_again(folder: Path
     cloud = ModelCloud()
     filled(folder, cloud)
     zero_header(folder / "buffer.db")
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         deadline_s = time.monotonic() + 30
         while not buffer.state.old or buffer.state.old[0].phase != "done":
             assert time.monotonic() < deadline_s
             await asyncio.sleep(0.01)
     [path] = [p for p in folder.glob("buffer.db.salvaged-*") if not p.name.endswith(("-wal", "-shm"))]
     overwrite(path, 0, bytes(PAGE_BYTES))
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         await deliver(folder, buffer, cloud)
     assert sorted(cloud.numbers()) == [*range(SCANS)]
 
@@ -424,7 +410,7 @@ async def test_several_damaged_files_come_back_one_after_the_other(folder: Path)
         store.close()
         zero_header(folder / "buffer.db")
     assert len(set(epochs)) == 3
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         await deliver(folder, buffer, cloud)
     assert sorted(cloud.numbers()) == [*range(6000)]
     assert len(damaged_sets(folder / "buffer.db")) == 3
@@ -435,7 +421,7 @@ async def test_a_file_of_which_nothing_can_be_known_is_told_and_kept(folder: Pat
     filled(folder, cloud)
     (folder / "buffer.db.epoch").unlink()
     (folder / "buffer.db").write_bytes(random.Random(1).randbytes(100_000))
-    async with running(folder) as buffer:
+    async with running(folder, SETTINGS) as buffer:
         await deliver(folder, buffer, cloud)
     [one] = damaged_sets(folder / "buffer.db")
     assert "nothing can be salvaged" in one.told

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent import gaps as gap_sums
-from agent.buffer import Buffer, slices
+from agent.buffer import slices
 from agent.store import Group, Limits, Store, StoreRefusing, row_crc, row_priority
 from config.agent import Buffer as Settings
 from drivers.contract import Priority
@@ -31,6 +31,7 @@ from tests.fakes.buffer import (
     number_of,
     scan,
 )
+from tests.fakes.running_buffer import running
 
 MIB = 2**20
 ALARM, NORMAL, BULK = Priority
@@ -322,10 +323,7 @@ def test_a_group_cut_in_slices_keeps_every_frames_priority() -> None:
 
 
 async def test_an_alarm_is_committed_within_100_ms_and_the_rest_waits_for_its_interval(folder: Path) -> None:
-    buffer = await Buffer.open(folder / "buffer.db", GATEWAY, Settings(commit_interval_s=30.0), StillClock())
-    task = asyncio.create_task(buffer.run())
-    try:
-        buffer.register(PACKING.layout)
+    async with running(folder, Settings(commit_interval_s=30.0)) as buffer:
         buffer.append(scan(1), READINGS)
         await asyncio.sleep(0.3)
         assert buffer.state.commits == 0
@@ -339,9 +337,6 @@ async def test_an_alarm_is_committed_within_100_ms_and_the_rest_waits_for_its_in
             took.append(time.monotonic() - began_s)
         assert sorted(took)[len(took) // 2] < 0.1, took
         assert buffer.state.kept_readings == 11 * READINGS
-    finally:
-        task.cancel()
-        await buffer.close()
 
 
 def test_a_reader_that_holds_the_log_never_lets_file_and_log_grow_beyond_the_cap(folder: Path) -> None:
