@@ -703,7 +703,7 @@ class Salvaged(Store):
         conn.execute("INSERT INTO salvage VALUES (?)", (msgspec.msgpack.encode(Progress(said=said)),))
         conn.execute("COMMIT")
 
-    def _load(self, conn: sqlite3.Connection, *, reading: bool = False) -> None:
+    def _load(self, conn: sqlite3.Connection, *, reading: bool = False, torn: bool = False) -> None:
         try:
             row = conn.execute("SELECT progress FROM salvage").fetchone()
         except sqlite3.OperationalError as err:

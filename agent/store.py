@@ -48,6 +48,7 @@ from agent.gap_copies import copy_made, copy_of
 from agent.store_migrations import ALARM_MARK, BULK_MARK, SCHEMA_VERSION, SchemaUnknown, fit
 from agent.store_rows import insert_clock, read_batches, read_clocks, rows_crc
 from config.failpoint import reached
+from config.wal import Log, read_log
 from drivers.contract import Priority
 from sync.wire import (
     MAX_EPOCH,
@@ -88,6 +89,9 @@ _VACUUM_LIVE_PAGES: Final = (
     1024  #: shrink the file only while what it holds is small: 4 MiB cost nothing to copy
 )
 _VACUUM_FREE_PAGES: Final = 2048
+SKIPPED: Final = 2**20
+"""Seqs passed over where a commit may be hidden: a group of 8 MiB at most, of frames that count 17 bytes at least, and
+the gaps that it tells beside them."""
 _MARK_NS: Final = 3600 * 10**9  #: clock rows older than this one are thinned to one an hour
 _PARKED_MAX: Final = 200  #: parked frames kept for a look; the oldest go first, they were reported long ago
 
@@ -491,9 +495,10 @@ class Store:
         if not self.path.exists():
             self._finish_setting_aside()
         fresh = not self.path.exists() or self.path.stat().st_size == 0
-        commits = wal_commits(self.path)
+        log = self._read_log()
         self._keep_wal()
         conn = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
+        torn = False
         try:
             if fresh:
                 self.path.chmod(0o600)
@@ -509,13 +514,13 @@ class Store:
             if version == 0 and not conn.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 self._create(conn)
             else:
-                self._check_wal(conn, commits)
+                torn = self._check_wal(conn, log)
                 fit(conn, self.path)
                 self._quick_check(conn)
             # Per connection, so set at every open; the last line of defence, as `_make_room` stays well below it.
             most = (self._limits.max_bytes - self._limits.wal_bytes) // PAGE_BYTES
             conn.execute(f"PRAGMA max_page_count = {most}")
-            self._load(conn)
+            self._load(conn, torn=torn)
         except UnicodeDecodeError as err:  # SQLite quotes a damaged schema, which need not be text
             conn.close()
             raise sqlite3.DatabaseError(f"the schema is damaged: {err.reason}") from err
@@ -545,15 +550,24 @@ class Store:
             if not self._kept_wal.exists():
                 os.link(self.path.with_name(self.path.name + "-wal"), self._kept_wal)
 
+    def _read_log(self) -> Log | None:
+        try:
+            return read_log(self.path)
+        except OSError:
+            return None
+
     @staticmethod
-    def _check_wal(conn: sqlite3.Connection, commits: Sequence[int]) -> None:
+    def _check_wal(conn: sqlite3.Connection, log: Log | None) -> bool:
         """SQLite reads a WAL up to the first frame whose checksum is wrong, and takes the rest for what a crash has
-        torn. A crash tears the last transaction; two or more behind the break were committed, and rot has hidden them:
-        the seqs in them would be given out a second time."""
+        torn. A crash tears the last transaction; two or more behind the break were committed, and rot has hidden them.
+        Of a single one nobody can tell: whether there is such a rest."""
         _, believed, _ = conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        hidden = sum(at >= max(0, believed) for at in commits)
-        if hidden > 1:
-            raise sqlite3.DatabaseError(f"the WAL is damaged: {hidden} committed transactions cannot be read")
+        frames, commits = log.behind(max(0, believed)) if log is not None else (0, 0)
+        if commits > 1:
+            raise sqlite3.DatabaseError(
+                f"the WAL is damaged: {commits} committed transactions cannot be read"
+            )
+        return frames > 0
 
     def _quick_check(self, conn: sqlite3.Connection) -> None:
         """Within its budget. The walk through the file is one step of SQLite's machine, in which it asks no progress
@@ -613,7 +627,7 @@ class Store:
         reached("store.before_create")
         conn.execute("COMMIT")
 
-    def _load(self, conn: sqlite3.Connection, *, reading: bool = False) -> None:
+    def _load(self, conn: sqlite3.Connection, *, reading: bool = False, torn: bool = False) -> None:
         row = conn.execute("SELECT * FROM ledger").fetchone()
         if row is None:
             raise sqlite3.DatabaseError("the ledger is empty")
@@ -656,6 +670,9 @@ class Store:
                 conn.executemany("DELETE FROM batches WHERE first = ?", zip(rotten))
                 insert_clock(conn, first, led.next_seq)
                 conn.execute("UPDATE ledger SET boot = ?", (led.boot,))
+                # With what is known since this start nothing is in doubt.
+                if torn and (self.ledger.epoch != led.epoch or self.ledger.next_seq > led.next_seq):
+                    self._skip(conn, led)
                 conn.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -686,6 +703,24 @@ class Store:
         )
         log.error("buffer %s: %s", self.path, text)
         self.events.append(("buffer_damaged", text))
+
+    def _skip(self, conn: sqlite3.Connection, led: Ledger) -> None:
+        """The log ends in what cannot be read: a commit that a power cut has torn, which nobody was promised, or one
+        that rot has hidden, whose seqs the cloud may have. No seq is given out twice; the gap says which were not."""
+        first, now_ns = led.next_seq, self._clock.boot_ns()
+        led.next_seq += SKIPPED
+        led.kept_frames += SKIPPED
+        led.gapped_frames += SKIPPED
+        gap = GapFrame(led.epoch, first, led.next_seq - 1, 0, 0, "skipped", "", led.boot, now_ns, now_ns)
+        self._insert(conn, led, [encode_frame(gap)], [0])
+        conn.execute(
+            "UPDATE ledger SET next_seq = ?, kept_frames = ?, gapped_frames = ?, gap_frames = ?",
+            (led.next_seq, led.kept_frames, led.gapped_frames, led.gap_frames),
+        )
+        log.warning(
+            "buffer %s: its log ends in a commit that cannot be read, torn by a power cut or damaged; seqs %d to %d are"
+            " passed over, and may never have held anything", self.path, first, gap.last,
+        )  # fmt: skip
 
     def _check_ledger(self, led: Ledger) -> None:
         """The ledger's row has no CRC, but its numbers check each other: every frame kept has used up one seq. A wrong
@@ -1986,31 +2021,6 @@ _READ_ONLY: Final = "the buffer's file system is read-only; check the disk (dmes
 _UNSURE_BOOTS: Final = 1000  #: boots left free where the last one's number is not known for certain
 NOTE: Final = ".epoch"  #: the end of the name of the note beside a buffer file
 _TAILS: Final = ("-wal", "-shm", NOTE)
-
-
-def wal_commits(path: Path) -> list[int]:
-    """Which frames of a buffer's WAL end a transaction of its present generation, believed or not
-    (https://www.sqlite.org/fileformat2.html#the_write_ahead_log)."""
-    try:
-        fd = os.open(path.with_name(path.name + "-wal"), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return []
-    try:
-        salt = os.pread(fd, 32, 0)[16:24]
-        size = os.fstat(fd).st_size
-        first = os.pread(fd, 24, 32)[8:16]
-        before = (int.from_bytes(salt[:4], "big") - int.from_bytes(first[:4], "big")) & 0xFFFFFFFF
-        salts = {salt} if before == 1 else {salt, first}  # one less: what a reset of the WAL has left behind
-        ends = []
-        for number in range((size - 32) // (24 + PAGE_BYTES)):
-            head = os.pread(fd, 24, 32 + number * (24 + PAGE_BYTES))
-            if head[8:16] in salts and head[4:8] != bytes(4):
-                ends.append(number)
-        return ends
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
 
 
 def _read_only(folder: Path) -> bool:

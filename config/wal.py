@@ -14,7 +14,7 @@ import sqlite3
 import struct
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote
 
 _HEADER: Final = struct.Struct(
@@ -23,45 +23,72 @@ _HEADER: Final = struct.Struct(
 _FRAME: Final = struct.Struct(">4I")  #: page number, size of the database after a commit (else 0), two salts
 _FRAME_BYTES: Final = 24
 _MAGIC: Final = 0x377F0682
+_PAGE_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _MX_FRAME: Final = slice(
     16, 20
 )  #: in the WAL index: how many frames the recovery has taken; native byte order
 
 
-def commits_passed_over(path: Path) -> int:
-    """How many commits of the database at `path` stand behind a damaged frame of its WAL. Changes nothing; to be asked
-    before the file is opened for writing, which overwrites them. A single one may be a commit that never ended: 0."""
+class Log(NamedTuple):
+    """What a write-ahead log says of its frames, believed or not; its present generation alone, not what an earlier
+    one has left behind. Frames are numbered from 0."""
+
+    page_bytes: int
+    sound: bool  #: the header's own checksum holds
+    frames: tuple[int, ...]
+    commits: tuple[int, ...]  #: those that end a transaction
+
+    def behind(self, taken: int) -> tuple[int, int]:
+        """How many frames, and how many commits, stand behind the `taken` ones that SQLite believes."""
+        return sum(n >= taken for n in self.frames), sum(n >= taken for n in self.commits)
+
+
+def read_log(path: Path) -> Log | None:
+    """Of the database at `path`; None where there is no log, or an empty one. Changes nothing; to be asked before the
+    file is opened, as SQLite deletes a log that it does not believe. Raises `OSError`."""
     try:
         wal = path.with_name(path.name + "-wal").open("rb")
     except FileNotFoundError:
-        return 0
+        return None
     with wal:
         head = wal.read(_HEADER.size)
         if len(head) < _HEADER.size or not any(head):
-            return 0
-        magic, _, page_bytes, _, salt_1, salt_2, *sums = _HEADER.unpack(head)
-        sound = magic & ~1 == _MAGIC and _checksum(head[:24], big=bool(magic & 1)) == tuple(sums)
-        taken = _taken(path) if sound else 0
-        if taken is None:
-            return 0
+            return None
+        magic, _, page_bytes, _, *salts, _, _ = _HEADER.unpack(head)
+        sound = magic & ~1 == _MAGIC and _checksum(head[:24], big=bool(magic & 1)) == _HEADER.unpack(head)[6:]
+        known = {tuple(salts)}
         if not sound:  # what its frames say of themselves is all there is
-            first = wal.read(_FRAME.size)
-            if len(first) < _FRAME.size:
-                return 0
-            _, _, salt_1, salt_2 = _FRAME.unpack(first)
-            page_bytes = (
-                page_bytes if page_bytes in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536) else 4096
-            )
-        passed = 0
-        at = _HEADER.size + taken * (_FRAME_BYTES + page_bytes)
+            if len(first := wal.read(_FRAME.size)) < _FRAME.size:
+                return None
+            known = {_FRAME.unpack(first)[2:]}
+            page_bytes = page_bytes if page_bytes in _PAGE_SIZES else 4096
+        frames: list[int] = []
+        commits: list[int] = []
+        number = 0
         while True:
-            wal.seek(at)
+            wal.seek(_HEADER.size + number * (_FRAME_BYTES + page_bytes))
             frame = wal.read(_FRAME.size)
             if len(frame) < _FRAME.size:
                 break
-            _, pages, one, two = _FRAME.unpack(frame)
-            passed += bool(pages) and (one, two) == (salt_1, salt_2)
-            at += _FRAME_BYTES + page_bytes
+            _, pages, *its = _FRAME.unpack(frame)
+            if tuple(its) in known:
+                frames.append(number)
+                if pages:
+                    commits.append(number)
+            number += 1
+    return Log(page_bytes, sound, tuple(frames), tuple(commits))
+
+
+def commits_passed_over(path: Path) -> int:
+    """How many commits of the database at `path` stand behind a damaged frame of its WAL. Changes nothing; to be asked
+    before the file is opened for writing, which overwrites them. A single one may be a commit that never ended: 0."""
+    log = read_log(path)
+    if log is None:
+        return 0
+    taken = _taken(path) if log.sound else 0
+    if taken is None:
+        return 0
+    _, passed = log.behind(taken)
     return passed if passed > 1 else 0
 
 

@@ -148,6 +148,11 @@ def _untellable(damage: Damage, last_commit: int) -> bool:
     return damage.name.endswith("-wal") and (damage.kind == "truncated" or damage.end > last_commit)
 
 
+def _cut_short(damage: Damage) -> bool:
+    """Cut where a commit ends, a log is a whole one."""
+    return damage.name.endswith("-wal") and damage.kind == "truncated"
+
+
 # ------------------------------------------------------------------------------------------------------------ buffer
 
 
@@ -298,9 +303,7 @@ def try_buffer(base: Path, before: BufferSet, damage: Damage) -> Outcome:
     found.undamaged = len(whole)
     found.delivered = len(whole & receiver.seqs)
     missing = len(before.frames) - len(receiver.seqs)
-    found.silent = bool(
-        missing and not receiver.told and not aside and not _untellable(damage, before.last_commit)
-    )
+    found.silent = bool(missing and not receiver.told and not aside and not _cut_short(damage))
     for text in receiver.wrong[:2]:
         found.say(damage, f"WRONG: {text}")
     if found.slow:
