@@ -93,7 +93,8 @@ SKIPPED: Final = 2**20
 """Seqs passed over where a commit may be hidden: a group of 8 MiB at most, of frames that count 17 bytes at least, and
 the gaps that it tells beside them."""
 _MARK_NS: Final = 3600 * 10**9  #: clock rows older than this one are thinned to one an hour
-_PARKED_MAX: Final = 200  #: parked frames kept for a look; the oldest go first, they were reported long ago
+_PARKED_MAX: Final = 200
+"""Parked frames kept for a look, and a sixteenth of the cap in bytes; the oldest go first: a gap has counted each."""
 
 _GAP_TAG: Final = b"\x01"  #: the second byte of a gap frame (sync.wire: array, then the kind)
 _GAPS_MOST: Final = 2_048  #: unsent gap frames in a full buffer, until they are summed up
@@ -1408,9 +1409,12 @@ class Store:
                 (seq, readings, code, reason[:1000], self._clock.read().wall_ns, data),
             )
             conn.execute(
-                "DELETE FROM parked WHERE seq NOT IN (SELECT seq FROM parked ORDER BY seq DESC LIMIT ?)",
-                (_PARKED_MAX,),
+                "DELETE FROM parked WHERE seq IN (SELECT seq FROM (SELECT seq, row_number() OVER newest AS frames,"
+                " sum(length(data)) OVER newest AS bytes FROM parked WINDOW newest AS (ORDER BY seq DESC))"
+                " WHERE frames > ? OR bytes > ?)",
+                (_PARKED_MAX, self._limits.file_bytes // 16),
             )
+            parked = conn.execute("SELECT count(*) FROM parked").fetchone()[0]
             for r in [r for r in led.recorded.values() if r.first <= seq <= r.last]:
                 self._narrow(conn, led, r, without((r.first, r.last), [(seq, seq)]))
             reached("store.before_park")
@@ -1421,7 +1425,7 @@ class Store:
             elif again := self._told_again(conn, data):
                 # Never grown into: it is what the other was, and stands for itself.
                 self._insert(conn, led, [*map(encode_frame, [again, *gaps])], [0] * (1 + len(gaps)))
-        self.parked = min(self.parked + 1, _PARKED_MAX)
+        self.parked = parked
         return readings
 
     # --- gaps ---

@@ -162,7 +162,6 @@ class BufferSet(msgspec.Struct):
     epoch: int
     frames: dict[int, bytes]  #: by seq
     clocks: set[tuple[int, int, int]]  #: boot, boot_ns, wall_ns
-    last_commit: int  #: where in the WAL it begins
     places: dict[int, list[tuple[str, int, int]]]
 
 
@@ -173,7 +172,7 @@ def make_buffer(folder: Path) -> BufferSet:
     """Rows in the file and in the WAL, some in recorded batches, of two boots."""
     store = Store(folder / "buffer.db", str(GATEWAY), LIMITS, StillClock("boot-1"))
     store.open()
-    number = last_commit = 0
+    number = 0
     for part in range(30):
         if part == 10:
             store.close()
@@ -201,7 +200,7 @@ def make_buffer(folder: Path) -> BufferSet:
         if not name.endswith((".lock", "-shm")):
             (folder / name).write_bytes(data)
     held = {name: data for name, data in files.items() if name.endswith((".db", "-wal"))}
-    return BufferSet(epoch, frames_by_seq, clocks, last_commit, _places(held, frames_by_seq))
+    return BufferSet(epoch, frames_by_seq, clocks, _places(held, frames_by_seq))
 
 
 class _Receiver:
