@@ -47,6 +47,7 @@ from agent.clock import Clock, ClockReading, Hold
 from agent.gap_copies import copy_made, copy_of
 from agent.store_migrations import ALARM_MARK, BULK_MARK, SCHEMA_VERSION, SchemaUnknown, fit
 from agent.store_rows import insert_clock, read_batches, read_clocks, rows_crc
+from config.failed_sync import closing_unsynced, write_log_again
 from config.failpoint import reached
 from config.wal import Log, read_log
 from drivers.contract import Priority
@@ -496,6 +497,10 @@ class Store:
         if not self.path.exists():
             self._finish_setting_aside()
         fresh = not self.path.exists() or self.path.stat().st_size == 0
+        try:
+            write_log_again(self.path)
+        except OSError as err:
+            raise _io_error(err) from err
         log = self._read_log()
         self._keep_wal()
         conn = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
@@ -526,7 +531,8 @@ class Store:
             conn.close()
             raise sqlite3.DatabaseError(f"the schema is damaged: {err.reason}") from err
         except BaseException:
-            conn.close()
+            with closing_unsynced(self.path):
+                conn.close()
             raise
         self._conn = conn
         self._unsaved.clear()  # it was loaded anew
@@ -1972,7 +1978,8 @@ class Store:
         if _damaged(err):
             self._damage = str(err)
         elif _code(err) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            self._disconnect()
+            with closing_unsynced(self.path):
+                self._disconnect()
             return
         self._doubtful = None  # rolled back for certain
 
@@ -2012,8 +2019,11 @@ class Store:
     def close(self) -> None:
         """Checkpoint and let go. Never raises."""
         if self._conn is not None:
-            with contextlib.suppress(sqlite3.Error, StoreError):
+            try:
                 self.checkpoint()
+            except (sqlite3.Error, StoreError):
+                with closing_unsynced(self.path):
+                    self._disconnect()
         self._disconnect()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
@@ -2025,6 +2035,16 @@ _READ_ONLY: Final = "the buffer's file system is read-only; check the disk (dmes
 _UNSURE_BOOTS: Final = 1000  #: boots left free where the last one's number is not known for certain
 NOTE: Final = ".epoch"  #: the end of the name of the note beside a buffer file
 _TAILS: Final = ("-wal", "-shm", NOTE)
+
+
+def _io_error(err: OSError) -> sqlite3.OperationalError:
+    """What SQLite would have said."""
+    code = {errno.ENOSPC: sqlite3.SQLITE_FULL, errno.EDQUOT: sqlite3.SQLITE_FULL}.get(
+        err.errno or 0, sqlite3.SQLITE_IOERR
+    )
+    error = sqlite3.OperationalError(err.strerror or str(err))
+    error.sqlite_errorcode = code
+    return error
 
 
 def _read_only(folder: Path) -> bool:

@@ -76,12 +76,12 @@ class Variant(enum.StrEnum):
     ZEROS = "zeros"  #: the sizes of all, the bytes of some
 
 
-def library() -> Path:
-    """The recorder, compiled once per source. Brings a compiler where there is none and apt-get may be used; raises
-    `RecordingError` otherwise."""
-    source = SOURCE.read_bytes()
+def library(code: Path = SOURCE) -> Path:
+    """The recorder, or another file to preload, compiled once per source. Brings a compiler where there is none and
+    apt-get may be used; raises `RecordingError` otherwise."""
+    source = code.read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headgate"
-    made = cache / f"recorder-{hashlib.sha256(source).hexdigest()[:16]}.so"
+    made = cache / f"{code.stem}-{hashlib.sha256(source).hexdigest()[:16]}.so"
     if made.exists():
         return made
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -95,11 +95,11 @@ def library() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         fresh = Path(folder) / made.name
         done = subprocess.run(
-            [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", fresh, SOURCE, "-ldl"],
+            [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", fresh, code, "-ldl"],
             capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise RecordingError(f"{compiler} cannot compile {SOURCE}: {done.stderr.strip()[-2000:]}")
+            raise RecordingError(f"{compiler} cannot compile {code}: {done.stderr.strip()[-2000:]}")
         fresh.replace(made)
     return made
 
