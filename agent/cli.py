@@ -145,9 +145,7 @@ def config_check(file: Path) -> None:
         f"{len(checked.devices)} devices{f' ({idle} more disabled)' if idle else ''}, {points} points, uplink "
         + ("none" if uplink.kind == "none" else f"{uplink.kind} to {uplink.host}")
     )
-    for way in (uplink, uplink.fallback):
-        if way.kind == "none":
-            continue
+    for way in uplink.ways.values():
         try:
             read_secret("uplink", file=way.token_file, env=way.token_env)
         except IdentityError as err:

@@ -73,9 +73,7 @@ def _check_names(config: Agent, file: str, text: str) -> list[ConfigFileError]:
         parse_name(f"{config.gateway.tenant}/{config.gateway.name}")
     except IdentityError as err:
         wrong("gateway.name", str(err))
-    for path, way in (("uplink", config.uplink), ("uplink.fallback", config.uplink.fallback)):
-        if way.kind == "none":
-            continue
+    for path, way in config.uplink.ways.items():
         try:
             require_private(path, way.host, tls="on" if way.tls else "off")
         except IdentityError as err:

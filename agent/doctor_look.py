@@ -333,11 +333,8 @@ def _of_way(place: str, found: Finding) -> Finding:
     """The second way says that it is one; nothing is lost by its faults as long as the first one is open."""
     if place == "uplink":
         return found
-    remedy = found.remedy.replace("uplink.", f"{place}.")
     level = Level.WARNING if found.level is Level.ERROR else found.level
-    return Finding(
-        found.check, level, f"fallback: {found.text.replace('uplink.ca_file', f'{place}.ca_file')}", remedy
-    )
+    return Finding(found.check, level, f"fallback: {found.text}", found.remedy)
 
 
 def _way(
@@ -349,7 +346,7 @@ def _way(
         found = socket.getaddrinfo(uplink.host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as err:
         yield error("dns", f"{uplink.host}: {getattr(err, 'strerror', None) or err}",
-                    "check uplink.host, and the name servers: resolvectl status, cat /etc/resolv.conf")  # fmt: skip
+                    f"check {place}.host, and the name servers: resolvectl status, cat /etc/resolv.conf")  # fmt: skip
         return
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     yield ok("dns", f"{uplink.host} is {', '.join(addresses)}")
@@ -358,7 +355,7 @@ def _way(
         sock = socket.create_connection((uplink.host, port), timeout=uplink.connect_timeout_s)
     except OSError as err:
         yield error("tcp", f"{where}: {err.strerror or err}",
-                    "check uplink.port, the firewalls on the way, and that the cloud listens")  # fmt: skip
+                    f"check {place}.port, the firewalls on the way, and that the cloud listens")  # fmt: skip
         return
     yield ok("tcp", f"{where} answers")
     with contextlib.closing(sock):
@@ -367,7 +364,7 @@ def _way(
                 with _hanging_up(sock, uplink.connect_timeout_s):
                     sock = _secured(sock, uplink)
             except (ssl.SSLError, OSError) as err:
-                yield error("tls", _tls_words(err), _tls_remedy(err, uplink))
+                yield error("tls", _tls_words(err, place), _tls_remedy(err, place, uplink))
                 return
             yield judge_certificate(_certificate(sock), time.time())
         if uplink.kind == "https":
@@ -380,21 +377,21 @@ def _secured(sock: socket.socket, uplink: Uplink) -> ssl.SSLSocket:
     return context.wrap_socket(sock, server_hostname=uplink.host)
 
 
-def _tls_words(err: OSError) -> str:
+def _tls_words(err: OSError, place: str) -> str:
     if isinstance(err, FileNotFoundError):
-        return f"uplink.ca_file: {err.strerror}"
+        return f"{place}.ca_file: {err.strerror}"
     return str(getattr(err, "verify_message", "") or getattr(err, "reason", "") or err)
 
 
-def _tls_remedy(err: OSError, uplink: Uplink) -> str:
+def _tls_remedy(err: OSError, place: str, uplink: Uplink) -> str:
     code = getattr(err, "verify_code", 0)
     if code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h)
         return "check this clock first; if it is right, the cloud's certificate must be renewed"
     if code in (18, 19, 20, 21):  # self-signed, or an issuer that is not known
-        return f"uplink.ca_file must hold the CA that signed it (now: {uplink.ca_file or 'the CAs of this system'})"
+        return f"{place}.ca_file must hold the CA that signed it (now: {uplink.ca_file or 'the CAs of this system'})"
     if code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
-        return "uplink.host must be the name that stands in the certificate"
-    return "check that this port speaks TLS, and uplink.ca_file"
+        return f"{place}.host must be the name that stands in the certificate"
+    return f"check that this port speaks TLS, and {place}.ca_file"
 
 
 def _certificate(sock: ssl.SSLSocket | socket.socket) -> Certificate:
