@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import os
 import time
@@ -257,8 +258,10 @@ class Buffer:
         """Put one encoded frame into the pending group. False: it did not fit and is lost, already counted as an
         overrun here (`overrun_scans`, and a gap record goes to the cloud); count it in the device's health too.
 
-        An alarm has the whole group committed within 100 ms."""
+        An alarm has the whole group committed within 100 ms, and takes the room of what waits with less priority."""
         size = len(frame) + _ROW_BYTES
+        if priority is Priority.ALARM and self._bytes + size > self._limits.group_bytes:
+            self._give_way(frame)
         if self._bytes + size > self._limits.group_bytes or size > MAX_FRAME_BYTES or self._closed:
             self._refuse(frame, readings)
             return False
@@ -277,6 +280,26 @@ class Buffer:
         if self._bytes >= self._commit_bytes:
             self._wake.set()
         return True
+
+    def _give_way(self, alarm: bytes) -> None:
+        """Drop of what waits the oldest bulk, then the oldest normal frames, until this alarm fits; nothing where it
+        would not fit all the same."""
+        over = self._bytes + len(alarm) + _ROW_BYTES - self._limits.group_bytes
+        dropped: list[tuple[bytes, int]] = []
+        freed = 0
+        for one in itertools.chain(self._bulk, zip(self._frames, self._readings, strict=True)):
+            if freed >= over:
+                break
+            freed += len(one[0]) + _ROW_BYTES
+            dropped.append(one)
+        if freed < over or len(alarm) + _ROW_BYTES > MAX_FRAME_BYTES or self._closed:
+            return
+        bulk = min(len(dropped), len(self._bulk))
+        normal = len(dropped) - bulk
+        del self._bulk[:bulk], self._frames[:normal], self._readings[:normal]
+        self._bytes -= freed
+        for frame, readings in dropped:
+            self._refuse(frame, readings)
 
     def _refuse(self, frame: bytes, readings: int) -> None:
         self._overrun_scans += 1

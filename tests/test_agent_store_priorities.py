@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from agent import gaps as gap_sums
-from agent.buffer import slices
-from agent.store import Group, Limits, Store, StoreRefusing, row_crc, row_priority
+from agent.buffer import MAX_FRAME_BYTES, Buffer, slices
+from agent.store import Batch, Group, Limits, Store, StoreRefusing, row_crc, row_priority
 from config.agent import Buffer as Settings
 from drivers.contract import Priority
 from sync.wire import GapFrame, encode_frame
@@ -337,6 +337,83 @@ async def test_an_alarm_is_committed_within_100_ms_and_the_rest_waits_for_its_in
             took.append(time.monotonic() - began_s)
         assert sorted(took)[len(took) // 2] < 0.1, took
         assert buffer.state.kept_readings == 11 * READINGS
+
+
+async def drained(buffer: Buffer, cloud: ModelCloud) -> None:
+    while batches := await buffer.claim(4):
+        for batch in batches:
+            buffer.settle(cloud.take(batch.sealed.payload))
+    assert await buffer.commit()
+
+
+async def test_a_full_group_makes_room_for_alarms_bulk_first_and_tells_what_gave_way(folder: Path) -> None:
+    cloud = ModelCloud()
+    async with running(folder, Settings(commit_interval_s=3600, commit_max_kb=10**6)) as buffer:
+        normal = list(range(1000))
+        for n in normal:
+            assert buffer.append(scan(n, size=1000), READINGS)
+        bulk = list(itertools.takewhile(
+            lambda n: buffer.append(scan(n, size=1000), READINGS, BULK), itertools.count(10_000)
+        ))  # fmt: skip
+        before = buffer.state.overrun_scans
+        alarms = list(
+            range(50_000, 50_000 + len(bulk) + 100)
+        )  # the loop gets no turn: nothing is committed meanwhile
+        assert all(buffer.append(scan(n, size=1000), READINGS, ALARM) for n in alarms)
+        gone = buffer.state.overrun_scans - before
+        assert await buffer.commit()
+        assert await buffer.commit()
+        await drained(buffer, cloud)
+    stored = set(cloud.numbers())
+    assert stored.issuperset(alarms)
+    assert not stored.intersection(bulk)  # all of these before any normal one
+    assert stored.intersection(normal) == set(normal[gone - len(bulk) :])  # and of those the oldest
+    assert sum(g.scans for g in cloud.gaps()) == gone + before
+    assert sum(g.readings for g in cloud.gaps()) == (gone + before) * READINGS
+
+
+async def test_a_group_full_of_alarms_takes_no_more_and_drops_nothing_in_vain(folder: Path) -> None:
+    async with running(folder, Settings(commit_interval_s=3600, commit_max_kb=10**6)) as buffer:
+        assert buffer.append(scan(1), READINGS)
+        while buffer.append(scan(2, size=1000), READINGS, ALARM):
+            pass
+        # The one small frame that waits would not have made room: it stays, the newest alarm is refused and counted.
+        assert (buffer.state.overrun_scans, buffer.state.pending_frames) == (1, len(buffer._alarms) + 1)
+        assert not buffer.append(
+            scan(3, size=MAX_FRAME_BYTES), READINGS, ALARM
+        )  # nor for one that cannot travel
+        assert (buffer.state.overrun_scans, buffer.state.pending_frames) == (2, len(buffer._alarms) + 1)
+
+
+async def test_while_the_disk_refuses_alarms_find_room_in_memory_and_all_of_them_arrive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = ModelCloud()
+    async with running(folder, Settings(commit_interval_s=3600, commit_max_kb=10**6)) as buffer:
+        commit = buffer._store.commit
+
+        def refused(*_: object) -> list[Batch]:
+            raise StoreRefusing("made to refuse")
+
+        monkeypatch.setattr(buffer._store, "commit", refused)
+        offered, alarms = 0, []
+        for turn in range(12):
+            for n in range(1000):
+                offered += 1
+                buffer.append(scan(turn * 1000 + n, size=1000), READINGS, (NORMAL, BULK)[n % 2])
+            alarms.append(100_000 + turn)
+            assert buffer.append(scan(alarms[-1], size=1000), READINGS, ALARM)
+            assert not await buffer.commit()
+        monkeypatch.setattr(buffer._store, "commit", commit)
+        assert await buffer.commit()
+        assert await buffer.commit()
+        lost = buffer.state.overrun_scans
+        await drained(buffer, cloud)
+    stored = cloud.numbers()
+    assert lost > 0
+    assert set(stored).issuperset(alarms)
+    assert len(stored) + lost == offered + len(alarms)
+    assert sum(g.scans for g in cloud.gaps()) == lost
 
 
 def test_a_reader_that_holds_the_log_never_lets_file_and_log_grow_beyond_the_cap(folder: Path) -> None:
