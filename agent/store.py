@@ -86,6 +86,9 @@ _FRAME_OVERHEAD: Final = 16  #: of a row in its page, and of a frame in a batch
 _COMMIT_PAGES: Final = 9  #: pages that a small commit writes beside its frames (measured: bench_buffer.py)
 _EVICT_SLACK: Final = 100  #: evict 1/100 of the cap beyond what is needed, so that not every commit has to
 _EVICT_STEP_BYTES: Final = 2**20  #: evict in steps of this, which bounds the memory it takes
+_EVICT_MOST_BYTES: Final = (
+    8 * 2**20
+)  #: and in one commit no more than this, or twice what it needs, where the file is larger than its cap
 _VACUUM_LIVE_PAGES: Final = (
     1024  #: shrink the file only while what it holds is small: 4 MiB cost nothing to copy
 )
@@ -1640,7 +1643,14 @@ class Store:
         if over > 0 and need and led.gap_frames > self._gaps_after + _GAPS_MOST:
             self._sum_up(conn, led)
             over = _used_pages(conn) + need - cap + cap // _EVICT_SLACK
+        # Under a cap that was made smaller the file has pages enough: it is brought down over some commits, none long.
+        pages: int = conn.execute("PRAGMA page_count").fetchone()[0]
+        above = 0 if self.short_of_disk else max(0, pages - cap)
+        most = max(_EVICT_MOST_BYTES // PAGE_BYTES, 2 * need)
+        start = _used_pages(conn)
         while over > 0 and need:
+            if over <= above and start - _used_pages(conn) >= most:
+                break
             more = self._give_way(conn, led, min(over * PAGE_BYTES, _EVICT_STEP_BYTES))
             if not more and self.short_of_disk:
                 raise StoreFull(

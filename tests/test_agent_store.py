@@ -224,6 +224,38 @@ def test_at_the_cap_the_oldest_go_first_and_every_one_is_told(folder: Path) -> N
     store.close()
 
 
+def test_under_a_smaller_cap_the_oldest_go_over_some_commits_none_long_and_every_one_is_told(
+    folder: Path,
+) -> None:
+    store = opened(folder, max_bytes=64 * 2**20)
+    for n in range(0, 40_000, 1000):
+        store.commit(group(*range(n, n + 1000), size=1000), [], 0)
+    before = store.size_bytes()
+    store.close()
+    store, most, n = opened(folder, max_bytes=8 * 2**20), 0, 40_000
+    while n == 40_000 or store.evicting:
+        gapped = store.ledger.gapped_frames
+        store.commit(group(n), [], 0)
+        most, n = max(most, store.ledger.gapped_frames - gapped), n + 1
+        assert n < 40_020
+        assert store.size_bytes() <= before + 8 * 2**20  # what goes makes room within the file
+        if n == 40_002:  # the power goes half-way
+            shutil.copytree(folder, folder / "cut")
+    store.commit(group(n), [], 0)
+    assert not store.evicting
+    assert n > 40_002
+    assert most < 10_000
+    for each in (store, opened(folder / "cut", max_bytes=8 * 2**20)):
+        cloud = ModelCloud()
+        drain(each, cloud)
+        kept = each.ledger.kept_readings
+        stored = cloud.numbers()
+        assert stored == list(range(stored[0], kept // READINGS))  # the newest, unbroken
+        assert sum(g.readings for g in cloud.gaps()) + len(stored) * READINGS == kept
+        assert {g.reason for g in cloud.gaps()} == {"evicted"}
+        each.close()
+
+
 def test_what_may_have_been_sent_is_never_evicted(folder: Path) -> None:
     store, cloud = opened(folder, max_bytes=2 * 2**20), ModelCloud()
     [first] = store.commit(group(*range(50), size=1000), [], 1)
