@@ -277,6 +277,53 @@ def test_on_a_disk_that_is_really_full_nothing_is_acknowledged_and_nothing_lost(
     )
 
 
+FULL_START = """
+import asyncio, sys
+from pathlib import Path
+from cloud.journal.contract import JournalError
+from cloud.journal.sqlite import SqliteJournal
+from tests.journal_conformance import entry, everything
+
+async def main(folder):
+    journal = SqliteJournal(folder / "j.db", free_disk_bytes=0)
+    await journal.open()
+    await journal.append([entry(1, 9)])
+    await journal.close()
+    ballast = folder / "ballast"
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError:
+        pass
+    journal = SqliteJournal(folder / "j.db", free_disk_bytes=0)
+    try:
+        await journal.open()
+    except JournalError as err:
+        print(err)
+    ballast.unlink()
+    await journal.open()
+    assert [fresh for _, fresh in await everything(journal)] == [((1, 9),)]
+    await journal.close()
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def test_a_start_on_a_full_disk_names_the_disk_and_no_damage_and_works_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    inside = f'mount -t tmpfs -o size=8m tmpfs {tmp_path} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, sys.executable, FULL_START],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full" in done.stdout, done.stdout
+    assert "damaged" not in done.stdout
+    assert "salvage" not in done.stdout
+
+
 WRITE_ERROR = """
 import asyncio, resource, sys
 from pathlib import Path

@@ -79,6 +79,8 @@ batches = batches + excluded.batches,
 frames_received = frames_received + excluded.frames_received,
 frames_duplicate = frames_duplicate + excluded.frames_duplicate,
 readings_stored = readings_stored + excluded.readings_stored"""
+#: What SQLite says when the file system takes no write; which of them, is chance.
+_REFUSED_BY_DISK: Final = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
 _SALVAGE: Final = (
     "it is damaged: stop the server; `headgate-cloud journal salvage` then makes a sound journal of what can be read"
 )  # fmt: skip
@@ -219,13 +221,20 @@ class SqliteJournal:
             return self._connect()
         except sqlite3.Error as err:
             self._unlock()
-            raise JournalBroken(
-                f"{self.path}: {err}; not a journal, or damaged: do not delete it (gateways have dropped what it holds)"
-                "; `headgate-cloud journal salvage` makes a sound one of what can be read, and keeps this one aside"
-            ) from err
+            raise JournalBroken(f"{self.path}: {err}; {self._why_not_opened(err)}") from err
         except JournalError:
             self._unlock()
             raise
+
+    def _why_not_opened(self, err: sqlite3.Error) -> str:
+        code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL or (code in _REFUSED_BY_DISK and self._disk_is_full()):
+            return "the disk is full: free some space, and start again; nothing is lost meanwhile"
+        first = "check the disk and its permissions first; else it is " if code in _REFUSED_BY_DISK else ""
+        return (
+            f"{first}not a journal, or damaged: do not delete it (gateways have dropped what it holds)"
+            "; `headgate-cloud journal salvage` makes a sound one of what can be read, and keeps this one aside"
+        )
 
     def _connect(self) -> sqlite3.Connection:
         if self.path.with_name(self.path.name + ".salvaging").exists():
@@ -583,6 +592,12 @@ class SqliteJournal:
         disk = os.statvfs(self.path.parent)
         return disk.f_bavail * disk.f_frsize
 
+    def _disk_is_full(self) -> bool:
+        try:
+            return self._free_bytes() < PAGE_BYTES * 16
+        except OSError:  # a disk so broken that it does not tell its room is not full
+            return False
+
     def _wal_size(self) -> int:
         try:
             return Path(f"{self.path}-wal").stat().st_size
@@ -603,10 +618,8 @@ class SqliteJournal:
                 f"{self.path}: {type(err).__name__}: {err}; a fault of ours (nothing was acknowledged)"
             )
         code = (getattr(err, "sqlite_errorcode", None) or 0) & 0xFF
-        with contextlib.suppress(OSError):  # a disk so broken that it does not tell its room is not full
-            if code == sqlite3.SQLITE_FULL or (
-                code == sqlite3.SQLITE_IOERR and self._free_bytes() < PAGE_BYTES * 16
-            ):
+        if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and self._disk_is_full()):
+            with contextlib.suppress(OSError):
                 return self._refusal()
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return JournalBroken(f"{self.path}: {err}; nothing was acknowledged; {_SALVAGE}")

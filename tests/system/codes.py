@@ -61,7 +61,7 @@ class Watch:
             (gateway,) = json.loads(answer.read())
         return {problem["code"] for problem in gateway["heartbeat"]["state"].get("problems", [])}
 
-    def _asked(self, path: str) -> str:
+    def asked(self, path: str) -> str:
         context = ssl.create_default_context(cafile=str(self._rig.folder / "ca.pem"))
         url = f"https://127.0.0.1:{self._rig.cloud_port}{path}"
         with urllib.request.urlopen(url, timeout=30, context=context) as answer:
@@ -70,13 +70,13 @@ class Watch:
     def cloud_status(self) -> set[str]:
         """What `headgate-cloud status` shows: the cloud's own codes, and each agent's with the gateway's name."""
         return {
-            problem["code"].partition(":")[0] for problem in json.loads(self._asked("/readyz"))["problems"]
+            problem["code"].partition(":")[0] for problem in json.loads(self.asked("/readyz"))["problems"]
         }
 
     def cloud_metrics(self) -> set[str]:
         return {
             line.split('code="')[1].split('"')[0].partition(":")[0]
-            for line in self._asked("/metrics").splitlines()
+            for line in self.asked("/metrics").splitlines()
             if line.startswith("headgate_problem{")
         }
 

@@ -3,6 +3,7 @@ cloud's journal.
 
     python -m tests.torture.full_disk [--rounds 5] [--record]        (as root: it mounts, in a namespace of its own)
     python -m tests.torture.full_disk --agent [WHAT] [--record]      (the whole agent as a process: full_disk_agent)
+    python -m tests.torture.full_disk --cloud [WHAT] [--record]      (the whole cloud as a process: full_disk_cloud)
 
 A round: readings flow from the buffer into the journal; the gateway's disk is filled to its last byte by a foreign
 file, and emptied; then the cloud's; then the gateway's file system gives up (an ext4 error: read-only), is checked and
@@ -41,6 +42,10 @@ from tests.torture.report import Finding, record
 DISK_MB: Final = 24
 ALARM_S: Final = 5.0
 _INSIDE: Final = "HEADGATE_FULL_DISK_INSIDE"
+_PROMISES: Final = {
+    "agent": "an agent on a full or read-only disk runs on, sends what it holds, and says what is wrong",
+    "cloud": "a cloud on a full or read-only disk acknowledges only what it holds, says what is wrong, and goes on",
+}
 
 
 class FullDiskError(AssertionError):
@@ -325,32 +330,33 @@ def inside(rounds: int, recorded: bool) -> int:
     return 0 if passed else 1
 
 
-def inside_agent(what: str, recorded: bool) -> int:
-    from tests.torture import full_disk_agent
+def inside_process(who: str, what: str, recorded: bool) -> int:
+    from tests.torture import full_disk_agent, full_disk_cloud
     from tests.torture.full_disk import FullDiskError as Violated
 
+    module = full_disk_agent if who == "agent" else full_disk_cloud
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="headgate-full-") as name:
         why = loop_fails(Path(name))
     shown: dict[str, str] = {}
     passed = True
     try:
-        shown = full_disk_agent.every(full_disk_agent.WHAT if what == "all" else (what,), ext4=not why)
+        shown = module.every(module.WHAT if what == "all" else (what,), ext4=not why)
     except Violated as err:  # as the main module this one has an error of its own
         print(f"VIOLATED: {err}", flush=True)
         passed = False
     if recorded:
         record(
             Finding(
-                proof="full_disk_agent",
-                promise="an agent on a full or read-only disk runs on, sends what it holds, and says what is wrong",
-                command="python -m tests.torture.full_disk --agent",
+                proof=f"full_disk_{who}",
+                promise=_PROMISES[who],
+                command=f"python -m tests.torture.full_disk --{who}",
                 passed=passed,
                 figures={"file system": "tmpfs" if why else "ext4", **shown},
                 took_s=time.monotonic() - began_s,
             )
         )
-    print("full_disk --agent:", "passed" if passed else "FAILED", flush=True)
+    print(f"full_disk --{who}:", "passed" if passed else "FAILED", flush=True)
     return 0 if passed else 1
 
 
@@ -363,9 +369,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--agent", nargs="?", const="all", metavar="WHAT", help="the whole agent: all, or one of them"
     )
+    parser.add_argument(
+        "--cloud", nargs="?", const="all", metavar="WHAT", help="the whole cloud: all, or one of them"
+    )
     args = parser.parse_args(argv)
-    if os.environ.get(_INSIDE) and args.agent:
-        return inside_agent(args.agent, args.record)
+    for who in ("agent", "cloud"):
+        if os.environ.get(_INSIDE) and (what := getattr(args, who)):
+            return inside_process(who, what, args.record)
     if os.environ.get(_INSIDE):
         return inside(args.rounds, args.record)
     alone = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]

@@ -189,7 +189,7 @@ def _readonly_start(one: Process) -> str:
     return f"{shown}; {one.held} held readings drained in {drained:.1f} s; well {one.well('disk_readonly'):.1f} s after"
 
 
-def _account(rig: Rig) -> str:
+def account(rig: Rig) -> str:
     """All that was ever kept is in both sinks once, or in a gap that is there too."""
     account = rig.finish()
     for name, held in account.held.items():
@@ -224,7 +224,7 @@ def one(what: str, *, ext4: bool) -> str:
                         "full-start": _full_start,
                         "readonly-start": _readonly_start,
                     }[what](process)
-                    return f"{shown}; {_account(rig)}"
+                    return f"{shown}; {account(rig)}"
                 except (TimeoutError, AssertionError, RuntimeError) as err:
                     log = (folder / "agent.log").read_text()[-3000:]
                     raise FullDiskError(f"{what}: {err}\n{log}") from err
