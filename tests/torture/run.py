@@ -18,6 +18,8 @@ PROOFS: Final[Sequence[tuple[str, ...]]] = (
     ("mutations",),
     ("rot",),
     ("full_disk",),
+    ("full_disk", "--agent"),
+    ("full_disk", "--cloud"),
     ("power_cuts",),
     ("sinks", "--for-s", "600"),
     ("crash_points", "--each", "5"),
