@@ -332,8 +332,9 @@ class SinkRunner:
         elif remembered is not None and cursor < remembered <= state.last_offset:
             self._fence = remembered
         elif remembered is not None and remembered > state.last_offset:
-            log.error("sink %s remembers offset %d, the journal ends at %d: this is another journal; delivering all "
-                      "that it holds", name, remembered, state.last_offset)  # fmt: skip
+            log.error("sink %s remembers offset %d, the journal ends at %d: this is another journal, or what it held "
+                      "last is lost (`headgate-cloud verify` names the holes); delivering all that it holds",
+                      name, remembered, state.last_offset)  # fmt: skip
         if self._position < state.first_offset - 1:
             gone = state.first_offset - 1 - self._position
             self._missed += gone
