@@ -56,6 +56,7 @@ GROUPS: Final = 2  #: under way at once: one is judged while the other is commit
 NACKS_PER_S: Final = 50  #: to one gateway that is over its quota
 READ_BYTES: Final = 256 * 1024
 MISC_S: Final = 1.0  #: how often paho looks at its keepalive
+_SILENT: Final = "the broker is silent: no answer to a ping within the keepalive"
 MAX_TOPICS: Final = 20_000  #: parsed topics kept
 #: Topic and properties beside the payload; a larger packet the broker keeps to itself (MQTT 5, 3.1.2.11.4).
 MAX_PACKET_BYTES: Final = MAX_BATCH_BYTES + 4096
@@ -431,6 +432,7 @@ class _Session:
         self._fd = -1
         self._writing = False
         self._refusing = False
+        self._looking = False
         self._misc: asyncio.Task[None] | None = None
         self._admitted: asyncio.Future[ReasonCode] = loop.create_future()
         self._subscribed: asyncio.Future[list[ReasonCode]] = loop.create_future()
@@ -561,10 +563,12 @@ class _Session:
     async def _keep_alive(self) -> None:
         while not self.lost.done():
             await asyncio.sleep(MISC_S)
+            self._looking = True  # whatever ends in here is ended by us
             code = self._client.loop_misc()
+            self._looking = False
             self._flush()
             if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                self._over(f"the broker is silent ({paho.error_string(code)})")
+                self._over(_SILENT)
 
     def _unwatch(self) -> None:
         if self._fd >= 0:
@@ -603,7 +607,7 @@ class _Session:
     def _on_disconnect(
         self, client: paho.Client, userdata: object, flags: object, reason: ReasonCode, properties: object
     ) -> None:
-        self._over(f"the broker closed the connection: {reason}")
+        self._over(_SILENT if self._looking else f"the broker closed the connection: {reason}")
 
     def _on_socket_close(self, client: paho.Client, userdata: object, sock: object) -> None:
         self._unwatch()
