@@ -53,7 +53,7 @@ from cloud.journal.sqlite import GatewayState, SqliteJournal
 from cloud.metrics import Gauges, Metrics, exposition
 from cloud.preflight import Secrets, read_secrets
 from cloud.quotas import Quota, Quotas
-from cloud.runner import SinkRunner
+from cloud.runner import MAINTAIN_S, SinkRunner
 from cloud.sinks.contract import Sink
 from cloud.skew import Skews, skew_in
 from config.cloud import Cloud
@@ -75,6 +75,7 @@ TRIM_TO: Final = 0.75
 ACCOUNT_INTERVAL_S: Final = 3600.0
 SKEW_SHOWN_S: Final = 60.0  #: after its last batch of the future a gateway's clock is taken for set
 ACCOUNT_FIRST_S: Final = 60.0  #: after the start: the sinks are up by then
+MAINTAIN_LEAST_S: Final = 1.0
 RESTART_S: Final = 10.0  #: a sink's task that ended by a fault of ours is started again after this
 OWN_FILES: Final = 256  #: descriptors kept for databases, brokers and stores
 LEAVE_S: Final = 2.0  #: when all is closed, how long threads that wait for a silent store may hold up the end
@@ -160,6 +161,7 @@ class CloudServer:
                     guard=guard,
                     skews=skews,
                     archived=config.archive.enabled and sink.name != "archive",
+                    maintain_s=_maintain_s(sink, config),
                 )
                 for sink in build_sinks(config, secrets)
             )
@@ -539,6 +541,12 @@ def build_sinks(config: Cloud, secrets: Secrets) -> list[Sink]:
 
 
 # --- HTTP ---
+
+
+def _maintain_s(sink: Sink, config: Cloud) -> float:
+    """Hourly, or as often as the archive's files are to be joined: each that is not costs memory."""
+    hours = config.archive.compact_hours if sink.name == "archive" else 1.0
+    return max(MAINTAIN_LEAST_S, min(MAINTAIN_S, hours * 3600.0))
 
 
 def _listen(config: Cloud) -> socket.socket:

@@ -187,6 +187,29 @@ async def test_readings_come_in_by_http_reach_the_sinks_and_sigterm_ends_it_with
     assert not any(mode & 0o077 for mode in (f.stat().st_mode for f in (up.folder / "data").glob("*.db")))
 
 
+@pytest.mark.timeout(90)
+async def test_the_archives_files_are_joined_as_often_as_it_says_also_where_that_is_more_than_once_an_hour(
+    served: Callable[..., Served],
+) -> None:
+    """Until then the process knows each file, at 2 to 3 KiB."""
+    from deltalake import DeltaTable
+
+    up = served(extra="[archive]\ncommit_interval_s = 0.1\ncompact_hours = 0.0003\n").start()
+    uplink = up.uplink()
+    await uplink.open()
+    deadline = time.monotonic() + 60
+    sent = 0
+    while "files joined to 1" not in up.log.read_text():
+        assert time.monotonic() < deadline, up.log.read_text()
+        await send(uplink, 1 + 3 * sent)
+        sent += 1
+        await asyncio.sleep(0.05)
+    await uplink.close()
+    assert up.end() == 0
+    table = DeltaTable(str(up.folder / "data/archive/readings"))
+    assert table.count() == sum(n for _, n in all_of(3 * sent))
+
+
 @pytest.mark.timeout(120 + 10 * KILLS)
 async def test_killed_again_and_again_nothing_acknowledged_is_lost_or_doubled(
     served: Callable[..., Served],
