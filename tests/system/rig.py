@@ -320,9 +320,12 @@ def whole_system(
     devices: int = DEVICES,
     period_ms: int = PERIOD_MS,
     commit_interval_s: float = COMMIT_INTERVAL_S,
+    archive_s: float = 2.0,
+    compact_hours: float = 1.0,
 ) -> Iterator[Rig]:
     """Everything running and the first readings acked. Without `stores`: the embedded sinks alone. With `links`
-    the agent's way to the broker or the door, and the cloud's to each store, lead over lines that can be misused."""
+    the agent's way to the broker or the door, and the cloud's to each store, lead over lines that can be misused.
+    `archive_s` and `compact_hours` are of the archive on S3."""
     rig = Rig(folder, transport)
     token, word = rig.secret("gateway.token"), rig.secret("cloud.password")
     with contextlib.ExitStack() as stack:
@@ -365,7 +368,7 @@ def whole_system(
             }
             sinks = (
                 f'[archive]\nendpoint = "http://127.0.0.1:{line("s3", rig.s3.port)}"\nbucket = "{rig.bucket}"\n'
-                f"commit_interval_s = 2.0\n"
+                f"commit_interval_s = {archive_s}\ncompact_hours = {compact_hours}\n"
                 f'access_key_file = "{rig.secret("s3.key", rig.s3.access_key)}"\n'
                 f'secret_key_file = "{rig.secret("s3.secret", rig.s3.secret_key)}"\n'
                 f'[influxdb]\nurl = "http://127.0.0.1:{line("influxdb", rig.influx.port)}"\n'
