@@ -19,7 +19,7 @@ SHIM = ROOT / "tests" / "torture" / "bad_fsync.c"
 EVERY = int(os.environ.get("HEADGATE_BAD_SYNC_EVERY", "3"))  #: 1: each place, in a minute and a half
 
 
-def tried(folder: Path, at: int, times: int) -> tuple[list[str], int]:
+def tried(folder: Path, at: int, times: int, module: str = "tests.fakes.bad_sync") -> tuple[list[str], int]:
     """What is wrong with a run whose `at`-th sync, and the `times` - 1 after it, fail; and how many syncs it made."""
     folder.mkdir()
     log = folder.with_suffix(".log")
@@ -30,7 +30,7 @@ def tried(folder: Path, at: int, times: int) -> tuple[list[str], int]:
         "BAD_SYNC_FOR": str(times),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fakes.bad_sync", str(folder)], cwd=ROOT, timeout=60, check=False,
+        [sys.executable, "-m", module, str(folder)], cwd=ROOT, timeout=60, check=False,
         capture_output=True, text=True, env={**os.environ, **bad, "LD_PRELOAD": str(library(SHIM))},
     )  # fmt: skip
     assert done.returncode == 0, f"sync {at}, {times} times: {done.stderr}"

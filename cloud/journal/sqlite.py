@@ -10,6 +10,8 @@ Rules:
 4. Every row carries a CRC over all its columns. SQLite checks none: 127 of 200 flipped bits came back as wrong rows.
 5. Full means refused, before anything is written; cursors and trim still work then, so it recovers by itself. What
    is held already is told apart also then: a gateway whose ack was lost need not wait for room.
+6. After a failed sync no descriptor is trusted again, and what the log then shows is written anew before it is believed
+   (`config.failed_sync`). The writer checkpoints by itself: SQLite tells nobody when its own checkpoint could not sync.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import sys
 import threading
 import time
 import zlib
@@ -47,6 +50,7 @@ from cloud.journal.contract import (
     Range,
     Stored,
 )
+from config.failed_sync import closing_unsynced, write_log_again
 from config.failpoint import reached
 from config.wal import commits_passed_over
 
@@ -60,6 +64,7 @@ GROUP_BYTES: Final = 16 * 1024 * 1024
 WAL_CHECKPOINT_PAGES: Final = (
     2048  #: 16 MiB; the default 1000 pages checkpoints four times a second under full load
 )
+_MX_FRAME: Final = 16  #: in the WAL's index: where it says how many frames the log has; native byte order
 WAL_MAX_BYTES: Final = 64 * 1024 * 1024  #: above this the writer waits for readers to get out of the way
 ROW_OVERHEAD_BYTES: Final = 160  #: columns beside the payload, and the B-tree's share
 RETRY_FULL_S: Final = 5.0  #: what is told to gateways; trim looks at a full journal this often
@@ -81,6 +86,7 @@ frames_duplicate = frames_duplicate + excluded.frames_duplicate,
 readings_stored = readings_stored + excluded.readings_stored"""
 #: What SQLite says when the file system takes no write; which of them, is chance.
 _REFUSED_BY_DISK: Final = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+_SYNC_FAILED: Final = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 _SALVAGE: Final = (
     "it is damaged: stop the server; `headgate-cloud journal salvage` then makes a sound journal of what can be read"
 )  # fmt: skip
@@ -184,7 +190,14 @@ class SqliteJournal:
         self._cursors: dict[str, int] = {}
         self._broken: str | None = None
         self._full = False
-        # Readers.
+        self._index_file: int | None = (
+            None  # the WAL's index, to be closed after the connections: their locks go with it
+        )
+        self._sync_failed = False
+        # Readers; how many are at work, and whether they must wait, is guarded by `_gate`.
+        self._gate = threading.Condition()
+        self._reading = 0
+        self._shut = False
         self._pool: ThreadPoolExecutor | None = None
         self._idle: deque[sqlite3.Connection] = deque()
         # For metrics.
@@ -198,7 +211,7 @@ class SqliteJournal:
         self._db = await asyncio.to_thread(self._open)
         self._pool = ThreadPoolExecutor(READERS, "journal-read")
         self._thread = threading.Thread(
-            target=self._write_forever, args=(self._db, self._loop), name="journal-write", daemon=True
+            target=self._write_forever, args=(self._loop,), name="journal-write", daemon=True
         )
         self._thread.start()
 
@@ -218,10 +231,15 @@ class SqliteJournal:
             self._unlock()
             raise JournalBroken(f"{self.path}: {err.strerror}; the data_dir must be writable") from err
         try:
-            return self._connect()
+            db = self._connect()
+            self._last = self._next - 1
+            return db
         except sqlite3.Error as err:
             self._unlock()
             raise JournalBroken(f"{self.path}: {err}; {self._why_not_opened(err)}") from err
+        except OSError as err:
+            self._unlock()
+            raise JournalBroken(f"{self.path}: {err.strerror}; check the disk") from err
         except JournalError:
             self._unlock()
             raise
@@ -241,6 +259,7 @@ class SqliteJournal:
             raise JournalBroken(
                 f"{self.path}: a salvage was cut short; run `headgate-cloud journal salvage` again"
             )
+        write_log_again(self.path)
         passed_over = commits_passed_over(self.path)
         if passed_over:
             raise JournalBroken(
@@ -256,7 +275,7 @@ class SqliteJournal:
             if mode != "wal":
                 raise JournalBroken(f"{self.path}: SQLite's WAL does not work on this file system")
             db.execute("PRAGMA synchronous = FULL")
-            db.execute(f"PRAGMA wal_autocheckpoint = {WAL_CHECKPOINT_PAGES}")
+            db.execute("PRAGMA wal_autocheckpoint = 0")
             db.execute(f"PRAGMA journal_size_limit = {self._wal_bytes}")
             db.execute("PRAGMA mmap_size = 0")
             version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -268,19 +287,21 @@ class SqliteJournal:
             for step in _STEPS[version:]:  # one transaction each: killed in between, it goes on from there
                 schema = Path(__file__).with_name(step).read_text()
                 db.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
-                _sync_folder(self.path.parent)
+            _sync_folder(self.path.parent)
             page = db.execute("PRAGMA page_size").fetchone()[0]
             # The hard stop stands above our own check: cursors and trim must find room when entries do not.
             db.execute(f"PRAGMA max_page_count = {(self._page_bytes + self._page_bytes // 16) // page + 64}")
             row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entry'").fetchone()
             top = db.execute("SELECT max(offset) FROM entry").fetchone()[0]
-            self._last = max(row[0] if row else 0, top or 0)
-            self._next = self._last + 1
-            self._cursors = dict(db.execute("SELECT sink, offset FROM cursor").fetchall())
+            self._next = max(row[0] if row else 0, top or 0) + 1
+            self._cursors.update(db.execute("SELECT sink, offset FROM cursor").fetchall())
             self._used_bytes = self._measure(db)
         except BaseException:
-            db.close()
+            with closing_unsynced(self.path):
+                db.close()
             raise
+        self._held.clear()
+        self._held_ranges = 0
         return db
 
     def made(self) -> sqlite3.Connection:
@@ -306,12 +327,14 @@ class SqliteJournal:
         while self._idle:
             self._idle.pop().close()
         if self._db is not None:
-            with contextlib.suppress(
-                sqlite3.Error
-            ):  # a full disk: the WAL stays, and is read at the next start
+            try:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._db.close()
+                self._db.close()
+            except sqlite3.Error:  # a sick disk: the WAL stays, and is read at the next start
+                with closing_unsynced(self.path):
+                    self._db.close()
             self._db = None
+        self._close_index()
         self._unlock()
 
     # --- writing, the loop's side ---
@@ -395,7 +418,7 @@ class SqliteJournal:
 
     # --- writing, the writer's side ---
 
-    def _write_forever(self, db: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
+    def _write_forever(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             with self._ready:
                 while not self._jobs and not self._closing:
@@ -407,7 +430,7 @@ class SqliteJournal:
             if pause > 0 and not self._closing:
                 time.sleep(pause)
             group = self._take()
-            failed = self._commit_group(db, group)
+            failed = self._commit_on_what_syncs(group)
             self._committed_s = time.monotonic()
             with contextlib.suppress(RuntimeError):  # the loop has gone: nobody waits for the results
                 loop.call_soon_threadsafe(self._settle, group, self._next - 1, failed)
@@ -423,6 +446,45 @@ class SqliteJournal:
                     entries += len(job.entries)
                     size += job.size_bytes
         return group
+
+    def _commit_on_what_syncs(self, group: list[_Append | _Task]) -> JournalError | None:
+        try:
+            db = self._db or self._open_anew()
+        except (sqlite3.Error, OSError, JournalError) as err:
+            return err if isinstance(err, JournalError) else self._translate(err)
+        failed = self._commit_group(db, group)
+        if self._sync_failed:
+            # At once: what has failed may stand in the log whole, and is then held after all.
+            with contextlib.suppress(sqlite3.Error, OSError, JournalError):
+                self._open_anew()
+        return failed
+
+    def _open_anew(self) -> sqlite3.Connection:
+        """With descriptors on which no sync has failed; the readers' are closed, too, as SQLite uses those of a file
+        again that is open elsewhere in the process. Raises what `_connect` raises."""
+        with self._gate:
+            self._shut = True
+            self._gate.wait_for(lambda: not self._reading)
+        try:
+            with closing_unsynced(self.path):
+                while self._idle:
+                    self._idle.pop().close()
+                if self._db is not None:
+                    self._db.close()
+                    self._db = None
+            self._close_index()
+            self._db = self._connect()
+            self._sync_failed = False
+            return self._db
+        finally:
+            with self._gate:
+                self._shut = False
+                self._gate.notify_all()
+
+    def _look_at(self, err: Exception) -> None:
+        """Whether it was a sync that failed."""
+        if getattr(err, "sqlite_errorcode", None) in _SYNC_FAILED:
+            self._sync_failed = True
 
     def _commit_group(self, db: sqlite3.Connection, group: list[_Append | _Task]) -> JournalError | None:
         """One transaction. Returns what failed all of it; a call refused for want of room says so itself."""
@@ -449,6 +511,7 @@ class SqliteJournal:
             reached("journal.before_commit")
             db.execute("COMMIT")
         except Exception as err:  # noqa: BLE001 - nothing was committed, all are told, and the thread lives on
+            self._look_at(err)
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             self._next = start
@@ -606,13 +669,35 @@ class SqliteJournal:
 
     def _tidy_wal(self, db: sqlite3.Connection) -> None:
         """Readers that follow each other closely keep a WAL from ever starting over: above the bound, wait for them."""
+        how = ""
         if self.commits % 16 == 0 and self._wal_size() > self._wal_bytes:
-            with contextlib.suppress(
-                sqlite3.Error
-            ):  # a full disk, or a reader for longer than the timeout: next time
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            how = "TRUNCATE"
+        elif self._wal_frames() >= WAL_CHECKPOINT_PAGES:
+            how = "PASSIVE"
+        if how:
+            try:
+                db.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
+            except sqlite3.Error as err:  # a full disk, or a reader for longer than the timeout: next time
+                self._look_at(err)
+
+    def _wal_frames(self) -> int:
+        try:
+            if self._index_file is None:
+                self._index_file = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
+            return int.from_bytes(os.pread(self._index_file, 4, _MX_FRAME), sys.byteorder)
+        except OSError:
+            return self._wal_size() // PAGE_BYTES
+
+    def _close_index(self) -> None:
+        if self._index_file is not None:
+            os.close(self._index_file)
+            self._index_file = None
 
     def _translate(self, err: Exception) -> JournalError:
+        if isinstance(err, OSError):
+            if self._disk_is_full():
+                return self._refusal()
+            return JournalBroken(f"{self.path}: {err.strerror}; check the disk (nothing was acknowledged)")
         if not isinstance(err, sqlite3.Error):
             return JournalBroken(
                 f"{self.path}: {type(err).__name__}: {err}; a fault of ours (nothing was acknowledged)"
@@ -635,6 +720,17 @@ class SqliteJournal:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._with_reader, work)
 
     def _with_reader(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with self._gate:
+            self._gate.wait_for(lambda: not self._shut)
+            self._reading += 1
+        try:
+            return self._on_reader(work)
+        finally:
+            with self._gate:
+                self._reading -= 1
+                self._gate.notify_all()
+
+    def _on_reader(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             db = self._idle.pop()
         except IndexError:
