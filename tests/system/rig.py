@@ -61,10 +61,14 @@ class Account:
     frames: int
     held: dict[str, Held]
     holes: int  #: frame numbers up to the last that the embedded sink has as no reading, event or gap
+    passed_over: int = (
+        0  #: more of these, but told: a kill tore a commit, and its gap says which were not given out
+    )
 
     def __str__(self) -> str:
         sinks = ", ".join(f"{name} {held.rows} ({held.doubled} doubled)" for name, held in self.held.items())
-        return f"kept {self.kept} in {self.frames} frames, gaps {self.gapped}, holes {self.holes}; {sinks}"
+        told = f"gaps {self.gapped}, holes {self.holes}, passed over {self.passed_over}"
+        return f"kept {self.kept} in {self.frames} frames, {told}; {sinks}"
 
 
 @dataclass
@@ -181,7 +185,8 @@ class Rig:
             held["mysql"] = self.mysql()
         if self.influx is not None:
             held["influxdb"] = self.influxdb()
-        return Account(kept, gapped, buffer["kept_frames"], held, self.holes())
+        passed_over = self.passed_over()
+        return Account(kept, gapped, buffer["kept_frames"], held, self.holes() - passed_over, passed_over)
 
     # --- each store, by its own interface ---
 
@@ -203,6 +208,11 @@ class Rig:
         seqs = "SELECT epoch, seq FROM readings UNION SELECT epoch, seq FROM events UNION SELECT epoch, seq FROM gaps"
         rows = self._sqlite(f"SELECT max(seq) - count(*) FROM ({seqs}) GROUP BY epoch")
         return sum(int(row[0]) for row in rows)
+
+    def passed_over(self) -> int:
+        """Those in gaps of reason `skipped`: a log that ends in a torn commit, as a kill leaves it now and then."""
+        told = "SELECT coalesce(sum(last_seq - first_seq + 1), 0) FROM gaps WHERE reason = 'skipped'"
+        return int(self._sqlite(told)[0][0])
 
     def _mariadb(self, sql: str) -> list[list[str]]:
         assert self.maria is not None

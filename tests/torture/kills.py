@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from agent.store import SKIPPED
 from tests.system.rig import Account, Rig, whole_system
 from tests.torture.crash_points import SLACK, UP_S, up_after
 from tests.torture.report import Finding, record
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     rng = random.Random(told.seed)
     ups: dict[str, list[float]] = {}
     wrong: list[str] = []
-    done = rounds = readings = 0
+    done = rounds = readings = torn = 0
     while done < told.kills and (not told.minutes or time.monotonic() - began_s < told.minutes * 60):
         seed, count = rng.randrange(2**32), min(told.round, told.kills - done)
         transport = ("mqtt", "https")[rounds % 2]
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             wrong += [f"round {rounds} ({transport}, seed {seed}): {text}" for text in balance(account)]
             readings += account.kept
+            torn += account.passed_over // SKIPPED
             print(f"{done + count:5d} kills, {transport}: {account}", flush=True)
         done += count
         rounds += 1
@@ -122,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             "kills": done,
             "rounds": rounds,
             "readings kept": readings,
+            "torn commits found, and told": torn,
             "violations": len(wrong),
         }
         for name, took in ups.items():
