@@ -11,7 +11,8 @@ Rules:
 4. Only `settle` (the cloud's ack), `park` (a permanent refusal) and eviction at the cap remove frames; the last two
    leave a gap record that reaches the cloud.
 5. One thread writes, each transaction is one job on it, and no job is ever cancelled half-way.
-6. A disk that refuses does not stop the gateway: new readings wait in bounded memory (`Condition.HOLDING`).
+6. A disk that refuses does not stop the gateway: new readings wait in bounded memory (`Condition.HOLDING`). So they do
+   for `PATIENT_S` after a start where the disk has no room but in the place of what is held.
 
 All methods are called from the event loop's thread.
 """
@@ -47,6 +48,7 @@ from agent.store import (
     StoreFull,
     StoreRefusing,
     StoreUnusable,
+    StoreWaits,
     frame_head,
     parts,
 )
@@ -82,6 +84,9 @@ _EASE_BYTES: Final = (
     4 * 2**20
 )  #: above the floor at least, for a disk that was short to count as having room again
 _RETRY_S: Final = 1.0  #: how soon a disk that refused is asked again
+PATIENT_S: Final = 30.0
+"""After a start on a disk that is short of room, what is held has so long to be sent before it gives way to new
+readings. These wait in memory, while they are less than half of the largest group and no alarm is among them."""
 _MIB: Final = 2**20
 
 
@@ -226,6 +231,8 @@ class Buffer:
         self._was_waiting = False
         self._due: list[Due] = []  #: clock rows not yet stored
         self._committing: asyncio.Future[bool] | None = None
+        self._patient_until_ns = clock.boot_ns() + int(PATIENT_S * 1e9)
+        self._waited = False  #: the last commit left what is held its room
         self._closed = False
         self._condition = Condition.OK
         self._detail = ""
@@ -387,7 +394,8 @@ class Buffer:
                 await self._wake.wait()
                 if not await self.commit():
                     self._wake.clear()
-                    self._timer = self._loop.call_later(_RETRY_S, self._wake.set)
+                    hurry = self._waited and self._alarms
+                    self._timer = self._loop.call_later(ALARM_S if hurry else _RETRY_S, self._wake.set)
         finally:
             salvage.cancel()
             await asyncio.gather(salvage, return_exceptions=True)
@@ -408,6 +416,7 @@ class Buffer:
         """Commit, apply the acks that came, checkpoint, let go. Never raises; safe to call twice."""
         if self._closed:
             return
+        self._patient_until_ns = 0
         if not await self.commit():
             log.warning("the buffer could not be committed at the end: %s", self._detail)
         self._closed = True
@@ -505,9 +514,11 @@ class Buffer:
         stores = (self._store, *self._salvages.stores)
         return [store for store in stores if store.ledger.epoch == epoch]
 
-    def _commit(self, group: Group, settled: dict[tuple[int, Range], None], room: int) -> list[Batch]:
+    def _commit(
+        self, group: Group, settled: dict[tuple[int, Range], None], room: int, *, patient: bool
+    ) -> list[Batch]:
         """On the writer's thread."""
-        batches = self._store.commit(group, self._of_this_epoch(settled), room)
+        batches = self._store.commit(group, self._of_this_epoch(settled), room, patient=patient)
         self._settle_old(settled)
         return batches
 
@@ -629,12 +640,16 @@ class Buffer:
             return done
         room = self.live_room if self.on_live is not None else 0
         started_s = time.monotonic()
-        job = self._loop.run_in_executor(self._thread, lambda: self._commit(group, settled, room))
+        patient = self._patient(group)
+        job = self._loop.run_in_executor(
+            self._thread, lambda: self._commit(group, settled, room, patient=patient)
+        )
         self._committing = done
 
         def ended(job: asyncio.Future[list[Batch]]) -> None:
             self._committing = None
             error = job.exception()
+            self._waited = isinstance(error, StoreWaits)
             if error is None:
                 self._commits += 1
                 self._commit_s = time.monotonic() - started_s
@@ -656,6 +671,15 @@ class Buffer:
 
         job.add_done_callback(ended)
         return done
+
+    def _patient(self, group: Group) -> bool:
+        """Whether this group may wait in memory where it would take the room of what is held."""
+        if self._clock.boot_ns() >= self._patient_until_ns:
+            return False
+        waiting = (group, *self._stuck)
+        alarms = self._alarms or any(one.alarms for one in waiting)
+        size = self._bytes + sum(one.size_bytes for one in waiting)
+        return not alarms and 2 * size < self._limits.group_bytes
 
     def _well(self) -> None:
         self._look()

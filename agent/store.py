@@ -18,7 +18,8 @@ Errors, by who acts::
 
     StoreError
     ├── StoreRefusing   the disk refuses (read-only, I/O error): keep the group in memory, try again later
-    │   └── StoreFull   there is no room: the same, and smaller groups may fit
+    │   ├── StoreFull   there is no room: the same, and smaller groups may fit
+    │   └── StoreWaits  there is, once what is held is sent; who cannot wait says so, and the oldest gives way
     └── StoreUnusable   no file can be had at all: a human is told what to change
 """
 
@@ -125,6 +126,10 @@ class StoreRefusing(StoreError):
 
 class StoreFull(StoreRefusing):
     """There is no room for this group, and none of it is kept: it may be offered in smaller ones."""
+
+
+class StoreWaits(StoreRefusing):
+    """It fits only in the place of what is held and may be sent in a moment: none of it is kept, offer it again."""
 
 
 class StoreUnusable(StoreError):
@@ -855,8 +860,11 @@ class Store:
 
     # --- keeping ---
 
-    def commit(self, group: Group, settled: Sequence[Range], live_room: int) -> list[Batch]:
-        """Keep a group and apply acks, in one transaction; cut up to `live_room` batches of what was kept.
+    def commit(
+        self, group: Group, settled: Sequence[Range], live_room: int, *, patient: bool = False
+    ) -> list[Batch]:
+        """Keep a group and apply acks, in one transaction; cut up to `live_room` batches of what was kept. A patient
+        caller's group never takes the room of what is held where it is the disk that is short: `StoreWaits`.
 
         Raises `StoreRefusing`: then nothing of it is known to be kept, and the same group must be offered again,
         alone, before any other."""
@@ -865,10 +873,12 @@ class Store:
             self._ready()
             if landed := self._landed is group:
                 group = Group([], [])
+            if patient:
+                self._leave_room(group, settled)
             return self._commit(group, settled, live_room)
         except (sqlite3.Error, StoreFull) as err:
             try:
-                return self._after_failure(err, group, settled, live_room)
+                return self._after_failure(err, group, settled, live_room, patient=patient)
             except StoreFull as full:
                 if landed:  # it is kept: offered in smaller ones it would be kept twice
                     raise StoreRefusing(str(full)) from full
@@ -900,6 +910,29 @@ class Store:
         batches = self._seal_all([(r, frames[r.first - first : r.last - first + 1]) for r in made])
         self._after_commit()
         return batches
+
+    def _leave_room(self, group: Group, settled: Sequence[Range]) -> None:
+        """Raises `StoreWaits` where a group would evict for the disk's sake. The acks are applied all the same: they
+        make the room that is waited for."""
+        if not self._takes_room(group):
+            return
+        with self._transaction() as (conn, led):
+            self._settle(conn, led, settled)
+        self._after_commit()
+        if self._takes_room(group):
+            raise StoreWaits(
+                "the disk is short of room, and what is held has a moment to be sent before the oldest of it gives way"
+                " to new readings, which wait in memory; free some space",
+                "disk_low",
+            )
+
+    def _takes_room(self, group: Group) -> bool:
+        """Whether this group evicts, and for the disk's sake."""
+        if not group.frames or not self.ledger.held_frames:
+            return False
+        conn = self._ready()
+        over = _used_pages(conn) + _pages_for(group.size_bytes) - self._cap_pages(conn, group.size_bytes)
+        return over > 0 and self.short_of_disk
 
     def _insert(
         self,
@@ -1634,8 +1667,7 @@ class Store:
         if self._limits.max_age_ns:
             gaps += self._evict_older(conn, led)
         cap = self._cap_pages(conn, need_bytes)
-        # A frame of just above half a page leaves the other half empty: twice its bytes covers any size.
-        need = 2 * need_bytes // PAGE_BYTES + 4 if need_bytes else 0
+        need = _pages_for(need_bytes)
         over = _used_pages(conn) + need - cap
         self.evicting = False
         if over > 0:
@@ -1948,7 +1980,13 @@ class Store:
     # --- when the disk refuses ---
 
     def _after_failure(
-        self, err: sqlite3.Error | StoreFull, group: Group, settled: Sequence[Range], live_room: int
+        self,
+        err: sqlite3.Error | StoreFull,
+        group: Group,
+        settled: Sequence[Range],
+        live_room: int,
+        *,
+        patient: bool,
     ) -> list[Batch]:
         """Cure what can be cured, and try once more. Raises `StoreRefusing`."""
         full = isinstance(err, StoreFull) or _code(err) == sqlite3.SQLITE_FULL
@@ -1967,6 +2005,8 @@ class Store:
                 with self._transaction() as (conn, led):
                     self._settle(conn, led, settled)
                 self.checkpoint()
+                if patient:
+                    self._leave_room(group, ())
                 return self._commit(group, (), live_room)
         except (sqlite3.Error, OSError) as again:
             if isinstance(again, sqlite3.Error):
@@ -2124,6 +2164,11 @@ def _better(clocks: dict[int, ClockRow], row: ClockRow) -> None:
     held = clocks.get(row.boot)
     if held is None or row.synchronized or not held.synchronized:
         clocks[row.boot] = row
+
+
+def _pages_for(need_bytes: int) -> int:
+    """A frame of just above half a page leaves the other half empty: twice its bytes covers any size."""
+    return 2 * need_bytes // PAGE_BYTES + 4 if need_bytes else 0
 
 
 def _used_pages(conn: sqlite3.Connection) -> int:

@@ -392,7 +392,7 @@ async def test_while_the_disk_refuses_alarms_find_room_in_memory_and_all_of_them
     async with running(folder, Settings(commit_interval_s=3600, commit_max_kb=10**6)) as buffer:
         commit = buffer._store.commit
 
-        def refused(*_: object) -> list[Batch]:
+        def refused(*_: object, **__: object) -> list[Batch]:
             raise StoreRefusing("made to refuse")
 
         monkeypatch.setattr(buffer._store, "commit", refused)
